@@ -1,0 +1,39 @@
+/* metrics.h: counters, gauges and histograms in Prometheus text form.
+ *
+ * A registry belongs to one thread. Series are made once (labels fixed), updated by handle, and
+ * written all together. Names and help come from the caller's own table (router/metrics.def).
+ */
+#ifndef BATON_METRICS_H
+#define BATON_METRICS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/base/json.h" /* struct json_out, as a growing text buffer */
+
+enum metric_type { METRIC_COUNTER, METRIC_GAUGE, METRIC_HISTOGRAM };
+
+struct metrics;
+struct metric; /* one series: a name with one set of labels */
+
+struct metrics *metrics_create(void);
+void metrics_destroy(struct metrics *m);
+
+/* labels: 'model_name="demo",engine="0"' or "". bounds: ascending upper bounds without +Inf, only
+ * for histograms (kept by reference). The same name and labels give the same series again. Returns
+ * NULL when out of memory; updates of NULL do nothing. name is exposed as given (counters: with
+ * _total where the caller wants it). */
+struct metric *metrics_get(struct metrics *m, enum metric_type type, const char *name,
+                           const char *help, const char *labels, const double *bounds,
+                           size_t n_bounds);
+void metrics_remove(struct metrics *m, struct metric *series);
+
+void metric_add(struct metric *s, double v);     /* counters and gauges */
+void metric_set(struct metric *s, double v);     /* gauges, and counters that mirror a total */
+void metric_observe(struct metric *s, double v); /* histograms */
+double metric_value(const struct metric *s);     /* counters, gauges; a histogram's count */
+
+/* Appends the exposition text: # HELP and # TYPE once per name, series of a name together. */
+void metrics_write(const struct metrics *m, struct json_out *out);
+
+#endif
