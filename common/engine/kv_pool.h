@@ -1,0 +1,70 @@
+/* kv_pool.h: KV pages and who holds them.
+ *
+ * kv[page][layer][64][576], page-major: one page is one contiguous block, so handing a prompt over
+ * is a few large copies straight from pool to pool. Layers include the MTP layer.
+ *
+ *   FREE -alloc-> RESERVED -first row written or transfer ended-> LIVE -release-> FREE
+ *                    |  ^                                          |
+ *              transfer posted / ended                     cached (prefix cache holds it)
+ * 1. A page has one writer; sharers only read, and each holds one reference.
+ * 2. A page is free only when it has no reference AND no transfer names it.
+ * 3. Cancelling never frees a page in flight; the end of its last transfer does.
+ * 4. free + reserved + in flight + live + cached == total, always.
+ *
+ * Not thread-safe, except that a transport's own threads may read and write page memory.
+ */
+#ifndef BATON_KV_POOL_H
+#define BATON_KV_POOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/base/err.h"
+#include "common/base/own.h"
+
+struct kv_pool;
+
+struct kv_pool_config {
+    uint32_t n_pages;
+    uint32_t n_layers;   /* decoder and MTP layers */
+    uint32_t kv_width;   /* values per token and layer: 576 */
+    uint32_t dtype_bytes; /* 4: fp32 on the CPU; 2: bf16 on the GPU */
+    const char *shm_name; /* "/name": memory that another process may map (read-only); NULL: private */
+};
+
+struct kv_counts {
+    uint32_t total, free, reserved, in_flight, live, cached;
+};
+
+MUST_CHECK enum err kv_pool_create(const struct kv_pool_config *c, struct kv_pool **ret);
+void kv_pool_destroy(struct kv_pool *p);
+DEFINE_OWNED(kv_pool)
+
+/* Takes n pages, all or nothing, with one reference each, state RESERVED. Never blocks or allocates
+ * memory. ERR_NO_PAGES: nothing was taken; worth retrying after any release. */
+MUST_CHECK enum err kv_pool_alloc(struct kv_pool *p, uint32_t n, uint32_t *ret);
+void kv_pool_ref(struct kv_pool *p, uint32_t page);   /* one more sharer */
+void kv_pool_unref(struct kv_pool *p, uint32_t page); /* last one gone: free, unless in flight */
+void kv_pool_set_live(struct kv_pool *p, uint32_t page); /* RESERVED -> LIVE */
+/* The prefix cache's own reference: counted as cached while it is the only one. */
+void kv_pool_cache_ref(struct kv_pool *p, uint32_t page);
+void kv_pool_cache_unref(struct kv_pool *p, uint32_t page);
+uint32_t kv_pool_refs(const struct kv_pool *p, uint32_t page); /* without the cache's */
+uint32_t kv_pool_transfers(const struct kv_pool *p, uint32_t page); /* that name it */
+void kv_pool_transfer_begin(struct kv_pool *p, uint32_t page);
+void kv_pool_transfer_end(struct kv_pool *p, uint32_t page);
+
+struct kv_counts kv_pool_counts(const struct kv_pool *p);
+/* Recounts from the pages and asserts rule 4 (also in release builds). */
+void kv_pool_check(const struct kv_pool *p);
+
+void *kv_pool_base(const struct kv_pool *p);
+uint64_t kv_pool_page_bytes(const struct kv_pool *p);
+void *kv_pool_page(const struct kv_pool *p, uint32_t page);
+const struct kv_pool_config *kv_pool_get_config(const struct kv_pool *p);
+
+/* Sum that depends on content and on the order of pages, not on page indexes. Chain by passing the
+ * last result and the count so far. */
+uint64_t kv_page_checksum(const struct kv_pool *p, uint32_t page, uint64_t sum, uint32_t nth);
+
+#endif

@@ -1,0 +1,295 @@
+/* kv_transport.c: see kv_transport.h and, for the rules of the queue, kv_pair.h. */
+#include "common/engine/kv_transport.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+
+#include "common/base/clock.h"
+#include "common/base/hash.h"
+#include "common/base/log.h"
+#include "common/engine/kv_pair.h"
+
+static void *pair_thread(void *arg);
+
+/* ---- kinds ---- */
+
+static const struct {
+    enum wire_transport kind;
+    const char *name;
+    bool same_host; // works between processes of one host only
+    bool built;
+} kinds[] = {
+    // in order of preference
+    {WIRE_KV_IPC, "ipc", true, false},
+    {WIRE_KV_NCCL, "nccl", false, false},
+    {WIRE_KV_SHM, "shm", true, true},
+    {WIRE_KV_TCP, "tcp", false, true},
+};
+
+enum err kv_transports_parse(const char *name, uint32_t *ret_bits)
+{
+    uint32_t bits = 0;
+    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
+        if (kinds[i].built && (!strcmp(name, "auto") || !strcmp(name, kinds[i].name)))
+            bits |= kinds[i].kind;
+    if (!bits)
+        return err_set(ERR_INVALID, "KV transport '%s' is not one of auto, shm, tcp", name);
+    *ret_bits = bits;
+    return ERR_OK;
+}
+
+enum wire_transport kv_transport_choose(uint32_t a, uint32_t b, bool same_host)
+{
+    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
+        if ((a & b & kinds[i].kind) && (same_host || !kinds[i].same_host))
+            return kinds[i].kind;
+    return (enum wire_transport)0;
+}
+
+const char *kv_transport_name(enum wire_transport kind)
+{
+    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
+        if (kinds[i].kind == kind)
+            return kinds[i].name;
+    return "?";
+}
+
+uint64_t kv_host_id(void)
+{
+    char boot[64] = "";
+    OWNED_FILE f = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (f && !fgets(boot, sizeof(boot), f))
+        boot[0] = 0;
+    uint64_t h = hash_bytes(1, boot, strlen(boot));
+    // Abstract sockets live in the network namespace, shared memory goes with the IPC namespace.
+    static const char *const spaces[] = {"/proc/self/ns/ipc", "/proc/self/ns/net"};
+    for (size_t i = 0; i < ARRAY_LEN(spaces); i++) {
+        struct stat st = {0};
+        uint64_t id[2] = {0};
+        if (!stat(spaces[i], &st)) {
+            id[0] = st.st_dev;
+            id[1] = st.st_ino;
+        }
+        h = hash_bytes(h, id, sizeof(id));
+    }
+    return h;
+}
+
+enum err kv_pair_listen(enum wire_transport kind, const struct kv_pair_config *c, const char *host,
+                        const char *peer_address, char ret_address[WIRE_MAX_ADDRESS],
+                        struct kv_pair **ret)
+{
+    switch (kind) {
+    case WIRE_KV_SHM:
+        return kv_shm_listen(c, peer_address, ret_address, ret);
+    case WIRE_KV_TCP:
+        return kv_tcp_listen(c, host, ret_address, ret);
+    default:
+        return err_set(ERR_INVALID, "KV transport %d (%s) is not in this build", (int)kind,
+                       kv_transport_name(kind));
+    }
+}
+
+enum err kv_pair_connect(enum wire_transport kind, const struct kv_pair_config *c,
+                         const char *address, struct kv_pair **ret)
+{
+    switch (kind) {
+    case WIRE_KV_SHM:
+        return kv_shm_connect(c, address, ret);
+    case WIRE_KV_TCP:
+        return kv_tcp_connect(c, address, ret);
+    default:
+        return err_set(ERR_INVALID, "KV transport %d (%s) is not in this build", (int)kind,
+                       kv_transport_name(kind));
+    }
+}
+
+/* ---- the pair, from the owner's side ---- */
+
+enum err kv_pair_create(size_t n_bytes, const struct kv_pair_ops *ops,
+                        const struct kv_pair_config *c, struct kv_pair **ret)
+{
+    struct kv_pair *p = calloc(1, n_bytes);
+    if (!p)
+        return err_set(ERR_NOMEM, "no memory for a KV pair");
+    p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (p->wake_fd < 0) {
+        free(p);
+        return err_set(ERR_IO, "eventfd: %s", strerror(errno));
+    }
+    p->ops = ops;
+    p->config = *c;
+    p->last = &p->first;
+    pthread_mutex_init(&p->lock, NULL);
+    *ret = p;
+    return ERR_OK;
+}
+
+enum err kv_pair_start(struct kv_pair *p)
+{
+    // Signals are for the process's own threads.
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int e = pthread_create(&p->thread, NULL, pair_thread, p);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (e)
+        return err_set(ERR_IO, "thread for a KV pair: %s", strerror(e));
+    p->has_thread = true;
+    return ERR_OK;
+}
+
+static void pair_wake(struct kv_pair *p)
+{
+    uint64_t one = 1;
+    // Only fails when the count is full, and then it is readable anyway.
+    if (write(p->wake_fd, &one, sizeof(one)) < 0)
+        return;
+}
+
+enum err kv_pair_post(struct kv_pair *p, uint64_t seq, const uint32_t *pages, uint32_t n)
+{
+    if (n == 0 || n > WIRE_MAX_PAGES)
+        return err_set(ERR_INVALID, "a transfer of %u pages", n);
+    uint32_t total = kv_pool_get_config(p->config.pool)->n_pages;
+    for (uint32_t i = 0; i < n; i++)
+        if (pages[i] >= total)
+            return err_set(ERR_INVALID, "transfer of page %u of %u", pages[i], total);
+    struct kv_post *x = malloc(sizeof(*x) + n * sizeof(x->pages[0]));
+    if (!x)
+        return err_set(ERR_NOMEM, "no memory for a transfer");
+    x->next = NULL;
+    x->seq = seq;
+    x->n_pages = n;
+    memcpy(x->pages, pages, n * sizeof(x->pages[0]));
+
+    pthread_mutex_lock(&p->lock);
+    bool stop = p->stop;
+    uint64_t want = p->next_seq;
+    if (!stop && seq == want) {
+        *p->last = x;
+        p->last = &x->next;
+        p->next_seq++;
+        x = NULL;
+    }
+    pthread_mutex_unlock(&p->lock);
+    free(x);
+    if (stop)
+        return err_set(ERR_ABORTED, "the KV pair was aborted");
+    if (seq != want)
+        return err_set(ERR_INVALID, "transfer %" PRIu64 " posted, %" PRIu64 " is next", seq, want);
+    pair_wake(p);
+    return ERR_OK;
+}
+
+void kv_pair_abort(struct kv_pair *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->stop = true;
+    pthread_mutex_unlock(&p->lock);
+    if (!p->has_thread)
+        return;
+    assert(!pthread_equal(pthread_self(), p->thread));
+    pair_wake(p);
+    pthread_join(p->thread, NULL);
+    p->has_thread = false;
+}
+
+void kv_pair_destroy(struct kv_pair *p)
+{
+    if (!p)
+        return;
+    kv_pair_abort(p);
+    p->ops->hangup(p); // the thread did, if there was one
+    close(p->wake_fd);
+    pthread_mutex_destroy(&p->lock);
+    free(p);
+}
+
+/* ---- the pair's thread ---- */
+
+static void *pair_thread(void *arg)
+{
+    struct kv_pair *p = arg;
+    pthread_setname_np(pthread_self(), "kv_pair");
+    enum err why = p->ops->run(p);
+    // Callbacks carry a code only, so the sentence is told here.
+    if (why != ERR_ABORTED)
+        log_info("kv", "pair ended: %s", err_text(why));
+    if (why != ERR_ABORTED && why != ERR_PROTO)
+        why = ERR_PEER_LOST;
+    p->ops->hangup(p);
+    while (!kv_pair_stopping(p)) {
+        while (kv_pair_next(p, NULL))
+            kv_pair_finish(p, why);
+        short events;
+        if (kv_pair_wait(p, -1, 0, 0, &events) != ERR_OK)
+            continue;
+    }
+    while (kv_pair_next(p, NULL)) // nothing can be posted any more
+        kv_pair_finish(p, ERR_ABORTED);
+    return NULL;
+}
+
+bool kv_pair_stopping(const struct kv_pair *p)
+{
+    return p->stop;
+}
+
+struct kv_post *kv_pair_next(struct kv_pair *p, const struct kv_post *x)
+{
+    pthread_mutex_lock(&p->lock);
+    struct kv_post *next = x ? x->next : p->first;
+    pthread_mutex_unlock(&p->lock);
+    return next;
+}
+
+void kv_pair_finish(struct kv_pair *p, enum err result)
+{
+    pthread_mutex_lock(&p->lock);
+    struct kv_post *x = p->first;
+    p->first = x->next;
+    if (!p->first)
+        p->last = &p->first;
+    pthread_mutex_unlock(&p->lock);
+    p->config.done(p->config.user, x->seq, result);
+    free(x);
+}
+
+enum err kv_pair_poll(struct kv_pair *p, struct pollfd *fds, nfds_t n, uint64_t deadline_us)
+{
+    fds[0] = (struct pollfd){.fd = p->wake_fd, .events = POLLIN};
+    int timeout_ms = -1;
+    if (deadline_us) {
+        uint64_t now = clock_now_us();
+        timeout_ms = now < deadline_us ? (int)((deadline_us - now + 999) / 1000) : 0;
+    }
+    int got = poll(fds, n, timeout_ms);
+    if (got < 0 && errno != EINTR)
+        return err_set(ERR_IO, "poll: %s", strerror(errno));
+    if (got < 0)
+        for (nfds_t i = 0; i < n; i++)
+            fds[i].revents = 0;
+    if (fds[0].revents) {
+        uint64_t count;
+        while (read(p->wake_fd, &count, sizeof(count)) > 0)
+            ;
+    }
+    return kv_pair_stopping(p) ? err_set(ERR_ABORTED, "the KV pair was aborted") : ERR_OK;
+}
+
+enum err kv_pair_wait(struct kv_pair *p, int fd, short events, uint64_t deadline_us, short *ret)
+{
+    *ret = 0;
+    struct pollfd fds[2] = {{0}, {.fd = fd, .events = events}}; // a negative fd is skipped
+    TRY(kv_pair_poll(p, fds, 2, deadline_us));
+    if (!fds[1].revents && deadline_us && clock_now_us() >= deadline_us)
+        return err_set(ERR_PEER_LOST, "no answer from the peer in time");
+    *ret = fds[1].revents;
+    return ERR_OK;
+}

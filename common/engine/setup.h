@@ -1,0 +1,28 @@
+/* setup.h: start-up steps that both workers take: settings, weights, pool, fingerprint. */
+#ifndef BATON_SETUP_H
+#define BATON_SETUP_H
+
+#include "common/base/config.h"
+#include "common/base/wire.h"
+#include "common/engine/engine.h"
+
+struct setup {
+    struct wire_fingerprint fingerprint;
+    uint32_t transports;
+    uint32_t max_total_tokens; /* longest sequence: the flag, the model's context */
+};
+
+/* Parses settings and starts the log. Failures are printed; the process should exit with 2. */
+MUST_CHECK enum err setup_process(enum config_proc proc, const char *default_name, int argc,
+                                  char **argv, struct config *ret);
+/* Loads the model and derives what the cluster must agree on. ERR_INVALID for settings that do not
+ * go together (MTP without an MTP layer, another draft model, an unknown device). */
+MUST_CHECK enum err setup_model(const struct config *c, struct weights **ret, struct setup *ret_setup);
+MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s, const char *shm_name,
+                               struct kv_pool **ret);
+void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,
+                 struct wire_hello *ret);
+/* 2: a setting or the checkpoint is wrong, restarting will not help; 1: anything else. */
+int setup_exit_code(enum err err);
+
+#endif

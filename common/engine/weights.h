@@ -1,0 +1,61 @@
+/* weights.h: all weights in one arena, with a table of where each is.
+ *
+ * One allocation means that another process on the same GPU shares it with one IPC handle, and that
+ * the memory plan is one number. Offsets are 256-byte aligned.
+ */
+#ifndef BATON_WEIGHTS_H
+#define BATON_WEIGHTS_H
+
+#include "common/base/own.h"
+#include "common/engine/model_config.h"
+#include "kernels/kernels.h"
+
+struct layer_weights {
+    const bf16_t *input_norm, *post_attention_norm; /* [H] */
+    const bf16_t *q_a;                              /* [q_lora, H] */
+    const bf16_t *q_a_norm;                         /* [q_lora] */
+    const bf16_t *q_b;                              /* [heads * 256, q_lora] */
+    const bf16_t *kv_a;                             /* [576, H] */
+    const bf16_t *kv_a_norm;                        /* [512] */
+    const bf16_t *kv_b;                             /* [heads * 448, 512] */
+    const bf16_t *o;                                /* [H, heads * 256] */
+    /* dense layers */
+    const bf16_t *mlp_gate, *mlp_up, *mlp_down; /* [I, H], [I, H], [H, I]; NULL in sparse layers */
+    /* sparse layers */
+    const bf16_t *router;     /* [E, H] */
+    const float *router_bias; /* [E] */
+    const bf16_t *expert_gate, *expert_up;              /* [E, F, H] */
+    const bf16_t *expert_down;                          /* [E, H, F] */
+    const bf16_t *shared_gate, *shared_up, *shared_down; /* [F, H], [F, H], [H, F] */
+};
+
+struct mtp_weights {
+    const bf16_t *enorm, *hnorm; /* [H] */
+    const bf16_t *eh_proj;       /* [H, 2H]: embedding half first */
+    const bf16_t *head_norm;     /* shared_head.norm, [H] */
+    const bf16_t *embed, *head;  /* [V, H]; the main model's where the checkpoint has no own ones or
+                                    they are equal */
+};
+
+struct weights {
+    struct model_config config;
+    void *arena;
+    uint64_t arena_bytes;
+    const bf16_t *embed, *norm, *head; /* [V, H], [H], [V, H] */
+    struct layer_weights *layers;      /* [n_layers + n_mtp_layers] */
+    struct mtp_weights mtp;
+};
+
+typedef void weights_progress_fn(void *user, uint64_t done_bytes, uint64_t total_bytes);
+
+/* Reads the checkpoint in dir with n_threads readers. Missing tensors, wrong shapes or dtypes and
+ * tensors that do not belong are all listed in one sentence: ERR_BAD_MODEL. */
+MUST_CHECK enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
+                                 weights_progress_fn *progress, void *user, struct weights **ret);
+/* Random weights of the right shapes from a seed (scaled so that activations stay finite). */
+MUST_CHECK enum err weights_dummy(const struct model_config *config, uint64_t seed,
+                                  struct weights **ret);
+void weights_destroy(struct weights *w);
+DEFINE_OWNED(weights)
+
+#endif

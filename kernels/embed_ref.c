@@ -1,0 +1,37 @@
+/* embed_ref.c: rows of the embedding table, bf16 -> fp32; and argmax, its counterpart at the end. */
+#include "kernels/kernels.h"
+
+#include "kernels/vec.h"
+
+VEC_CLONES void embed_ref(const struct embed_args *a)
+{
+    for (int t = 0; t < a->T; t++) {
+        const bf16_t *row = a->table + (int64_t)a->token[t] * a->H;
+        float *out = a->out + (int64_t)t * a->H;
+        for (int i = 0; i < a->H; i++)
+            out[i] = bf16_to_f32(row[i]);
+    }
+}
+
+VEC_CLONES void argmax_ref(const struct argmax_args *a)
+{
+    for (int t = 0; t < a->T; t++) {
+        const float *x = a->x + (int64_t)t * a->n;
+        // The largest value first, then where it is: both loops are plain enough to vectorise.
+        float best = x[0];
+        int i = 0;
+        if (a->n_valid >= VEC_LANES) {
+            vec m = vec_load(x);
+            for (i = VEC_LANES; i + VEC_LANES <= a->n_valid; i += VEC_LANES)
+                m = vec_max(vec_load(x + i), m);
+            for (int lane = 0; lane < VEC_LANES; lane++)
+                best = m[lane] > best ? m[lane] : best;
+        }
+        for (; i < a->n_valid; i++)
+            best = x[i] > best ? x[i] : best;
+        int32_t idx = 0;
+        while (idx < a->n_valid - 1 && !(x[idx] == best))
+            idx++;
+        a->idx[t] = best == best ? idx : 0;
+    }
+}

@@ -1,0 +1,282 @@
+/* sample_ref.c: the draw, a pure function of one row.
+ *
+ * penalties -> temperature -> top-k -> top-p -> min-p -> Gumbel-max. Every filter keeps a prefix of
+ * the candidates in the order (value descending, id ascending), so none needs a full sort: values go
+ * into buckets by their distance to the largest, whole buckets are kept or dropped, and only the one
+ * in which the border falls is sorted.
+ *
+ * The noise of id i is lane i % 4 of Philox(seed; position, i / 4): u = (x + 0.5) / 2^32,
+ * g = -log(-log u) in double precision (u rounds to 1 in fp32). It does not depend on what survived,
+ * so only survivors need it; and most of them cannot win, which two cheap bounds show:
+ *   g <= 22.2 for the largest u;   g <= -log(1 - u), since -log u >= 1 - u.
+ */
+#include "kernels/kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdbool.h>
+
+#include "kernels/vec.h"
+
+#define N_BUCKETS 1024
+#define PER_UNIT  16     /* buckets per unit of log-probability */
+#define MAX_NOISE 22.9   /* above -log(-log(1 - 2^-33)) = 22.873 */
+
+struct candidate {
+    float z;
+    int32_t id;
+};
+
+static void items(void *arg, int64_t begin, int64_t end);
+static void draw(const struct sample_args *a, int t, struct candidate *list);
+static int gather(const struct sample_args *a, int t, struct candidate *list);
+static int keep_best(struct candidate *list, int n, int k, double p);
+static int32_t gumbel_max(const struct candidate *list, int n, const struct sample_row *row);
+static void logprobs(const struct sample_args *a, int t);
+
+void sample_ref(const struct sample_args *a, struct par *par)
+{
+    par_for(par, a->T, 1, items, (void *)a);
+}
+
+static void items(void *arg, int64_t begin, int64_t end)
+{
+    const struct sample_args *a = arg;
+    struct candidate *list = (struct candidate *)(a->work + 2 * (int64_t)a->V * par_self());
+    for (int64_t t = begin; t < end; t++) {
+        draw(a, (int)t, list);
+        logprobs(a, (int)t);
+    }
+}
+
+static bool better(struct candidate a, struct candidate b)
+{
+    return a.z > b.z || (a.z == b.z && a.id < b.id);
+}
+
+static void draw(const struct sample_args *a, int t, struct candidate *list)
+{
+    const struct sample_row *row = &a->rows[t];
+    int n = gather(a, t, list);
+    if (n == 0) { // everything is banned or NaN: an answer that is at least an id
+        a->id[t] = 0;
+        return;
+    }
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (list[i].z > list[best].z)
+            best = i;
+    a->id[t] = list[best].id;
+    if (!(row->temperature > 0) || row->top_k == 1)
+        return;
+
+    float top = list[best].z;
+    for (int i = 0; i < n; i++) // relative to the best, so that nothing overflows
+        list[i].z = fmaxf((list[i].z - top) / row->temperature, -FLT_MAX);
+    if (row->top_k > 0 && row->top_k < n)
+        n = keep_best(list, n, row->top_k, 2.0);
+    if (row->top_p < 1.0f)
+        n = keep_best(list, n, n, row->top_p);
+    if (row->min_p > 0) {
+        float least = logf(fminf(row->min_p, 1.0f));
+        int kept = 0;
+        for (int i = 0; i < n; i++)
+            if (list[i].z >= least)
+                list[kept++] = list[i];
+        n = kept;
+    }
+    a->id[t] = gumbel_max(list, n, row);
+}
+
+/* Valid, not banned ids with penalised logits, ascending. */
+static int gather(const struct sample_args *a, int t, struct candidate *list)
+{
+    const struct sample_row *row = &a->rows[t];
+    const float *logits = a->logits + (int64_t)t * a->V;
+    bool repetition = row->repetition > 0 && row->repetition != 1.0f;
+    int n = 0;
+    for (int32_t id = 0; id < a->n_valid; id++) {
+        float z = logits[id];
+        int32_t count = row->output_count ? row->output_count[id] : 0;
+        if (repetition && (count > 0 || (row->in_prompt && row->in_prompt[id])))
+            z = z > 0 ? z / row->repetition : z * row->repetition;
+        if (count > 0)
+            z -= row->frequency * (float)count + row->presence;
+        list[n] = (struct candidate){fminf(fmaxf(z, -FLT_MAX), FLT_MAX), id};
+        n += z == z;
+    }
+    for (int i = 0; i < row->n_banned; i++) {
+        for (int lo = 0, hi = n - 1; lo <= hi;) {
+            int mid = (lo + hi) / 2;
+            if (list[mid].id == row->banned[i]) {
+                memmove(list + mid, list + mid + 1, sizeof(*list) * (size_t)(--n - mid));
+                break;
+            }
+            if (list[mid].id < row->banned[i])
+                lo = mid + 1;
+            else
+                hi = mid - 1;
+        }
+    }
+    return n;
+}
+
+/* Heapsort, best first: it needs no memory and has no bad cases. */
+static void sort(struct candidate *list, int n)
+{
+    for (int size = n, root = n / 2; size > 1;) {
+        struct candidate c;
+        if (root > 0) {
+            c = list[--root];
+        } else {
+            c = list[--size];
+            list[size] = list[0];
+        }
+        int at = root;
+        for (int child; (child = 2 * at + 1) < size; at = child) { // the worst is on top
+            if (child + 1 < size && better(list[child], list[child + 1]))
+                child++;
+            if (!better(c, list[child]))
+                break;
+            list[at] = list[child];
+        }
+        list[at] = c;
+    }
+}
+
+static int bucket(float z)
+{
+    return z > -(float)(N_BUCKETS - 1) / PER_UNIT ? (int)(z * -PER_UNIT) : N_BUCKETS - 1;
+}
+
+/* Keeps the best k candidates, or fewer if those hold the share p of the list's mass (the one that
+ * reaches it included). Values are relative to the largest, 0. Returns how many. */
+static int keep_best(struct candidate *list, int n, int k, double p)
+{
+    double mass[N_BUCKETS] = {0}, total = 0;
+    int count[N_BUCKETS] = {0};
+    for (int i = 0; i < n; i++) {
+        int b = bucket(list[i].z);
+        count[b]++;
+        if (p <= 1)
+            mass[b] += expf(list[i].z);
+    }
+    for (int b = 0; b < N_BUCKETS; b++)
+        total += mass[b];
+    double want = p <= 1 ? p * total : INFINITY, sum = 0;
+    int border = 0, kept = 0;
+    while (border < N_BUCKETS - 1 && kept + count[border] < k && sum + mass[border] < want) {
+        kept += count[border];
+        sum += mass[border];
+        border++;
+    }
+    // The kept ones go to the front, the border's behind them; only those are sorted.
+    int at = 0;
+    for (int i = 0; i < n; i++)
+        if (bucket(list[i].z) < border) {
+            struct candidate c = list[i];
+            list[i] = list[at];
+            list[at++] = c;
+        }
+    int end = at;
+    for (int i = at; i < n; i++)
+        if (bucket(list[i].z) == border) {
+            struct candidate c = list[i];
+            list[i] = list[end];
+            list[end++] = c;
+        }
+    sort(list + at, end - at);
+    while (at < end && at < k && sum < want)
+        sum += p <= 1 ? expf(list[at].z) : 0, at++;
+    return at > 0 ? at : 1;
+}
+
+static int32_t gumbel_max(const struct candidate *list, int n, const struct sample_row *row)
+{
+    const uint32_t key[2] = {(uint32_t)row->seed, (uint32_t)(row->seed >> 32)};
+    uint32_t noise[4];
+    int32_t block = -1, id = -1;
+    double best = -INFINITY;
+    int first = 0; // the likeliest goes first: a high score early makes the bounds bite
+    for (int i = 1; i < n; i++)
+        first = list[i].z > list[first].z ? i : first;
+    for (int i = -1; i < n; i++) {
+        struct candidate c = list[i < 0 ? first : i];
+        if (c.z + MAX_NOISE < best)
+            continue;
+        if (c.id / 4 != block) {
+            block = c.id / 4;
+            philox4x32((const uint32_t[4]){(uint32_t)row->position, (uint32_t)block, 0, 0}, key,
+                       noise);
+        }
+        uint32_t x = noise[c.id % 4];
+        // 1 - u >= 2^-(leading zeros of ~x + 1), hence this bound on -log(1 - u).
+        int zeros = ~x ? __builtin_clz(~x) : 32;
+        if (c.z + (zeros + 1) * 0.69314719 < best)
+            continue;
+        double score = c.z - log(-log(((double)x + 0.5) * 0x1p-32));
+        if (score > best || (score == best && c.id < id)) {
+            best = score;
+            id = c.id;
+        }
+    }
+    return id;
+}
+
+/* Of the model's own distribution: neither penalties nor temperature. */
+static void logprobs(const struct sample_args *a, int t)
+{
+    int n_top = a->rows[t].n_logprobs;
+    if (!a->logprob)
+        return;
+    a->logprob[t] = 0;
+    if (n_top < 0)
+        return;
+    const float *logits = a->logits + (int64_t)t * a->V;
+    float max = -INFINITY;
+    for (int i = 0; i < a->n_valid; i++)
+        max = logits[i] > max ? logits[i] : max;
+    double sum = 0;
+    for (int i = 0; i < a->n_valid; i++)
+        sum += expf(logits[i] - max);
+    double norm = max + log(sum);
+    a->logprob[t] = (float)(logits[a->id[t]] - norm);
+    if (!a->top_id || !a->top_logprob || a->max_top == 0)
+        return;
+
+    int32_t *id = a->top_id + (int64_t)t * a->max_top;
+    float *value = a->top_logprob + (int64_t)t * a->max_top;
+    for (int i = 0; i < a->max_top; i++) {
+        id[i] = -1;
+        value[i] = -INFINITY;
+    }
+    n_top = n_top < a->max_top ? n_top : a->max_top;
+    int n = 0;
+    for (int32_t i = 0; i < a->n_valid; i++) {
+        if (n_top == 0 || (n == n_top && !(logits[i] > value[n - 1])))
+            continue;
+        int at = n < n_top ? n++ : n - 1;
+        for (; at > 0 && logits[i] > value[at - 1]; at--) {
+            value[at] = value[at - 1];
+            id[at] = id[at - 1];
+        }
+        value[at] = logits[i];
+        id[at] = i;
+    }
+    for (int i = 0; i < n; i++)
+        value[i] = (float)(value[i] - norm);
+}
+
+void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t ret[4])
+{
+    uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]}, k0 = key[0], k1 = key[1];
+    for (int i = 0; i < 10; i++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
+        uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ k0, (uint32_t)b,
+                            (uint32_t)(a >> 32) ^ c[3] ^ k1, (uint32_t)a};
+        memcpy(c, next, sizeof(c));
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    memcpy(ret, c, sizeof(c));
+}
