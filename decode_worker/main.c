@@ -1,0 +1,70 @@
+/* main.c: wiring of baton-decode. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/log.h"
+#include "common/engine/setup.h"
+#include "common/engine/worker.h"
+#include "decode_worker/decode.h"
+
+static void decode_drop(struct decode **d) { decode_destroy(*d); }
+static void worker_drop(struct worker **w) { worker_destroy(*w); }
+
+static enum err run(const struct config *config, int *ret_exit)
+{
+    OWNED(weights) weights = NULL;
+    OWNED(kv_pool) pool = NULL;
+    OWNED(engine) engine = NULL;
+    __attribute__((cleanup(worker_drop))) struct worker *worker = NULL;
+    __attribute__((cleanup(decode_drop))) struct decode *decode = NULL;
+
+    struct setup setup;
+    TRY(setup_model(config, &weights, &setup));
+    TRY(setup_pool(config, &setup, NULL, &pool));
+    int n_streams = (int)config->running_max_req_size;
+    int n_rows = n_streams * ((int)config->mtp_step + 1);
+    struct engine_config e = {
+        .device = config->device,
+        .n_threads = (int)config->threads,
+        .max_rows = n_rows,
+        .max_seqs = n_streams,
+        .max_logits = n_rows,
+        .max_imports = n_streams,
+        .max_ctx = (int)setup.max_total_tokens,
+        .inner_norm_eps = (float)config->inner_norm_eps,
+    };
+    TRY(engine_create(&e, weights, pool, &engine));
+
+    struct worker_config w = {.role = WIRE_DECODE, .config = config};
+    setup_hello(config, &setup, pool, &w.hello);
+    w.hello.max_running = (uint32_t)n_streams;
+    w.hello.mtp_step = (uint32_t)config->mtp_step;
+    TRY(worker_create(&w, &worker));
+    struct decode_config d = {
+        .config = config,
+        .worker = worker,
+        .engine = engine,
+        .pool = pool,
+        .fingerprint = setup.fingerprint,
+        .transports = setup.transports,
+        .max_total_tokens = setup.max_total_tokens,
+    };
+    TRY(decode_create(&d, &decode));
+    *ret_exit = worker_run(worker, decode_run, decode);
+    return ERR_OK;
+}
+
+int main(int argc, char **argv)
+{
+    struct config config;
+    int exit_code = 0;
+    if (setup_process(CONFIG_DECODE, "decode", argc, argv, &config) != ERR_OK)
+        return 2;
+    enum err err = run(&config, &exit_code);
+    if (err != ERR_OK) {
+        log_error("start", "%s", err_text(err));
+        return setup_exit_code(err);
+    }
+    return exit_code;
+}

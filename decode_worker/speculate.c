@@ -1,0 +1,264 @@
+/* speculate.c: see speculate.h. */
+#include "decode_worker/speculate.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/own.h"
+
+struct speculate {
+    struct speculate_config config;
+    const struct model_config *model;
+    // arrays of one batch
+    int32_t *token, *position, *seq_start, *ctx_len, *block_table, *logit_row;
+    struct hidden_ref *hidden;
+    int32_t *ids;
+    // arrays of one draw
+    int32_t *idx, *top_id;
+    struct sample_row *rows;
+    struct stream **owner;
+    float *logprob, *top_logprob;
+    int32_t (*banned)[MODEL_MAX_EOS + WIRE_MAX_STOP_IDS];
+};
+
+enum err speculate_create(const struct speculate_config *c, struct speculate **ret)
+{
+    struct speculate *s = calloc(1, sizeof(*s));
+    if (!s)
+        return err_set(ERR_NOMEM, "no memory for the decode step");
+    s->config = *c;
+    s->model = engine_model(c->engine);
+    size_t seqs = (size_t)c->max_streams, rows = seqs * STREAM_MAX_WINDOW;
+    s->token = calloc(rows, sizeof(int32_t));
+    s->position = calloc(rows, sizeof(int32_t));
+    s->seq_start = calloc(seqs + 1, sizeof(int32_t));
+    s->ctx_len = calloc(seqs, sizeof(int32_t));
+    s->block_table = calloc(seqs * (size_t)c->max_pages, sizeof(int32_t));
+    s->logit_row = calloc(rows, sizeof(int32_t));
+    s->hidden = calloc(rows, sizeof(*s->hidden));
+    s->ids = calloc(rows, sizeof(int32_t));
+    s->idx = calloc(rows, sizeof(int32_t));
+    s->rows = calloc(rows, sizeof(*s->rows));
+    s->owner = calloc(rows, sizeof(*s->owner));
+    s->logprob = calloc(rows, sizeof(float));
+    s->top_id = calloc(rows * WIRE_MAX_TOP, sizeof(int32_t));
+    s->top_logprob = calloc(rows * WIRE_MAX_TOP, sizeof(float));
+    s->banned = calloc(seqs, sizeof(*s->banned));
+    if (!s->token || !s->position || !s->seq_start || !s->ctx_len || !s->block_table ||
+        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->owner ||
+        !s->logprob || !s->top_id || !s->top_logprob || !s->banned) {
+        speculate_destroy(s);
+        return err_set(ERR_NOMEM, "no memory for a decode batch of %d streams", c->max_streams);
+    }
+    *ret = s;
+    return ERR_OK;
+}
+
+void speculate_destroy(struct speculate *s)
+{
+    if (!s)
+        return;
+    void *all[] = {s->token, s->position, s->seq_start, s->ctx_len,    s->block_table,
+                   s->logit_row, s->hidden, s->ids,     s->idx,        s->rows,
+                   s->owner, s->logprob, s->top_id,     s->top_logprob, s->banned};
+    for (size_t i = 0; i < ARRAY_LEN(all); i++)
+        free(all[i]);
+    free(s);
+}
+
+static struct batch batch_begin(struct speculate *s, struct stream **streams, int n)
+{
+    struct batch b = {
+        .token = s->token,
+        .position = s->position,
+        .seq_start = s->seq_start,
+        .ctx_len = s->ctx_len,
+        .block_table = s->block_table,
+        .logit_row = s->logit_row,
+    };
+    for (int i = 0; i < n; i++)
+        b.max_pages = MAX(b.max_pages, (int)streams[i]->n_pages);
+    s->seq_start[0] = 0;
+    return b;
+}
+
+static void batch_row(struct speculate *s, struct batch *b, int32_t token, uint32_t position,
+                      struct hidden_ref hidden)
+{
+    s->token[b->n_rows] = token;
+    s->position[b->n_rows] = (int32_t)position;
+    s->hidden[b->n_rows] = hidden;
+    b->n_rows++;
+}
+
+static void batch_end_seq(struct speculate *s, struct batch *b, const struct stream *st,
+                          uint32_t ctx_len)
+{
+    memcpy(s->block_table + (size_t)b->n_seqs * (size_t)b->max_pages, st->pages,
+           st->n_pages * sizeof(int32_t));
+    s->ctx_len[b->n_seqs] = (int32_t)ctx_len;
+    s->seq_start[++b->n_seqs] = b->n_rows;
+}
+
+/* Every stream's pending slots from true hidden states; the last row of each drafts first. */
+static enum err draft_first(struct speculate *s, struct stream **streams, int n)
+{
+    struct batch b = batch_begin(s, streams, n);
+    for (int i = 0; i < n; i++) {
+        struct stream *st = streams[i];
+        uint32_t slot = st->n_ctx - st->n_pending;
+        for (uint32_t j = 0; j < st->n_pending; j++)
+            batch_row(s, &b, st->pending_token[j], slot + j, st->pending_hidden[j]);
+        batch_end_seq(s, &b, st, st->n_ctx);
+        st->draft_row = b.n_rows - 1;
+        s->logit_row[b.n_logits++] = b.n_rows - 1;
+    }
+    TRY(engine_draft(s->config.engine, &b, s->hidden, s->ids));
+    for (int i = 0; i < n; i++) {
+        streams[i]->draft[0] = s->ids[i];
+        streams[i]->n_pending = 0;
+    }
+    return ERR_OK;
+}
+
+/* Draft number `step` (from 1) of the streams that want that many, out of the one before. */
+static enum err draft_next(struct speculate *s, struct stream **streams, int n, uint32_t step,
+                           bool *ret_any)
+{
+    struct batch b = batch_begin(s, streams, n);
+    for (int i = 0; i < n; i++) {
+        struct stream *st = streams[i];
+        if (st->n_draft <= step)
+            continue;
+        uint32_t first = st->n_ctx - 1;
+        batch_row(s, &b, st->draft[step - 1], s->config.eagle ? first + step : first,
+                  (struct hidden_ref){HIDDEN_DRAFT, st->draft_row});
+        batch_end_seq(s, &b, st, st->n_ctx + step);
+        st->draft_row = b.n_rows - 1;
+        s->logit_row[b.n_logits++] = b.n_rows - 1;
+    }
+    *ret_any = b.n_rows > 0;
+    if (b.n_rows == 0)
+        return ERR_OK;
+    TRY(engine_draft(s->config.engine, &b, s->hidden, s->ids));
+    for (int i = 0; i < n; i++)
+        if (streams[i]->n_draft > step)
+            streams[i]->draft[step] = s->ids[streams[i]->draft_row];
+    return ERR_OK;
+}
+
+static enum err verify(struct speculate *s, struct stream **streams, int n)
+{
+    struct batch b = batch_begin(s, streams, n);
+    for (int i = 0; i < n; i++) {
+        struct stream *st = streams[i];
+        st->window_row = b.n_rows;
+        for (uint32_t j = 0; j <= st->n_draft; j++) {
+            s->logit_row[b.n_logits++] = b.n_rows;
+            batch_row(s, &b, j == 0 ? st->token : st->draft[j - 1], st->n_ctx + j,
+                      (struct hidden_ref){0});
+        }
+        batch_end_seq(s, &b, st, st->n_ctx + st->n_draft + 1);
+    }
+    return engine_forward(s->config.engine, &b);
+}
+
+static void keep_draw(struct stream *st, uint32_t j, int32_t id, float logprob,
+                      const int32_t *top_id, const float *top_logprob)
+{
+    st->sampled[j] = id;
+    st->logprob[j] = logprob;
+    for (int t = 0; t < st->sampling.n_logprobs; t++)
+        st->top[j][t] = (struct wire_top){top_id[t], top_logprob[t]};
+}
+
+/* Rows without penalties are independent: one call draws them all. */
+static enum err draw_plain(struct speculate *s, struct stream **streams, int n)
+{
+    int n_rows = 0, max_top = 0;
+    for (int i = 0; i < n; i++) {
+        struct stream *st = streams[i];
+        if (st->output_count)
+            continue;
+        int n_banned = worker_stop_ids(&st->sampling, s->model, s->banned[i]);
+        max_top = MAX(max_top, st->sampling.n_logprobs);
+        for (uint32_t j = 0; j <= st->n_draft; j++) {
+            s->idx[n_rows] = st->window_row + (int)j;
+            s->owner[n_rows] = st;
+            worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, s->banned[i],
+                              n_banned, &s->rows[n_rows]);
+            n_rows++;
+        }
+    }
+    if (n_rows == 0)
+        return ERR_OK;
+    TRY(engine_sample(s->config.engine, n_rows, s->idx, s->rows, max_top, s->ids, s->logprob,
+                      s->top_id, s->top_logprob));
+    for (int r = 0; r < n_rows; r++) {
+        struct stream *st = s->owner[r];
+        keep_draw(st, (uint32_t)(s->idx[r] - st->window_row), s->ids[r], s->logprob[r],
+                  s->top_id + r * max_top, s->top_logprob + r * max_top);
+    }
+    return ERR_OK;
+}
+
+/* With penalties a row depends on the tokens before it in the window: one row after the other, with
+ * the counts moved on, until a draft is refuted (later rows cannot become output). */
+static enum err draw_penalised(struct speculate *s, struct stream *st, int32_t *banned)
+{
+    int n_banned = worker_stop_ids(&st->sampling, s->model, banned);
+    uint32_t n_counted = 0;
+    enum err err = ERR_OK;
+    for (uint32_t j = 0; j <= st->n_draft; j++) {
+        struct sample_row row;
+        worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, banned, n_banned,
+                          &row);
+        row.output_count = st->output_count;
+        row.in_prompt = st->in_prompt;
+        int32_t idx = st->window_row + (int)j, id;
+        float logprob;
+        err = engine_sample(s->config.engine, 1, &idx, &row, MAX(st->sampling.n_logprobs, 0), &id,
+                            &logprob, s->top_id, s->top_logprob);
+        if (err != ERR_OK)
+            break;
+        keep_draw(st, j, id, logprob, s->top_id, s->top_logprob);
+        if (j == st->n_draft || id != st->draft[j])
+            break;
+        st->output_count[id]++;
+        n_counted++;
+    }
+    // speculate_advance counts what really became output.
+    for (uint32_t j = 0; j < n_counted; j++)
+        st->output_count[st->sampled[j]]--;
+    return err;
+}
+
+enum err speculate_step(struct speculate *s, struct stream **streams, int n)
+{
+    if (s->config.has_mtp && s->config.mtp_step > 0) {
+        TRY(draft_first(s, streams, n));
+        bool any = true;
+        for (uint32_t step = 1; any && step < s->config.mtp_step; step++)
+            TRY(draft_next(s, streams, n, step, &any));
+    }
+    TRY(verify(s, streams, n));
+    TRY(draw_plain(s, streams, n));
+    for (int i = 0; i < n; i++)
+        if (streams[i]->output_count)
+            TRY(draw_penalised(s, streams[i], s->banned[i]));
+    return ERR_OK;
+}
+
+void speculate_advance(struct speculate *s, struct stream *st, uint32_t n_tokens)
+{
+    for (uint32_t j = 0; j < n_tokens; j++) {
+        if (st->output_count)
+            st->output_count[st->sampled[j]]++;
+        st->pending_token[j] = st->sampled[j];
+        st->pending_hidden[j] = (struct hidden_ref){HIDDEN_MAIN, st->window_row + (int)j};
+    }
+    st->n_pending = s->config.has_mtp ? n_tokens : 0;
+    st->n_ctx += n_tokens;
+    st->n_output += n_tokens;
+    st->token = st->sampled[n_tokens - 1];
+}
