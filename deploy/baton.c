@@ -1,0 +1,123 @@
+/* baton.c: the command that people type.
+ *
+ *   baton serve [flags]            a local cluster: router, prefill and decode workers
+ *   baton admin SOCKET COMMAND...  one question to a running process
+ *   baton version, baton help
+ *
+ * serve is plan.c (what to run) and supervisor.c (running it). Nothing here is on the request path.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "common/base/config.h"
+#include "common/base/log.h"
+#include "common/base/own.h"
+#include "deploy/plan.h"
+#include "deploy/supervisor.h"
+
+#define ADMIN_TIMEOUT_S 10
+
+static int serve(int argc, char **argv);
+static int admin(int argc, char **argv);
+static int usage(FILE *f);
+
+int main(int argc, char **argv)
+{
+    const char *command = argc > 1 ? argv[1] : "";
+    if (!strcmp(command, "serve"))
+        return serve(argc - 2, argv + 2);
+    if (!strcmp(command, "admin"))
+        return admin(argc - 2, argv + 2);
+    if (!strcmp(command, "version") || !strcmp(command, "--version")) {
+        printf("baton %s\n", BATON_VERSION);
+        return 0;
+    }
+    if (!strcmp(command, "help") || !strcmp(command, "--help") || !strcmp(command, "-h")) {
+        usage(stdout);
+        return 0;
+    }
+    if (command[0])
+        fprintf(stderr, "baton: unknown command '%s'; see baton help\n", command);
+    else
+        usage(stderr);
+    return 2;
+}
+
+static int usage(FILE *f)
+{
+    fputs("usage: baton serve [flags]            start a cluster on this machine\n"
+          "       baton admin SOCKET COMMAND...  ask a process: accounting, drain, failpoint SPEC\n"
+          "       baton version\n"
+          "       baton help\n"
+          "\n"
+          "baton serve takes the flags of every process and passes each to those that know it:\n"
+          "  baton serve --help      what concerns the whole cluster\n"
+          "  baton-router --help     baton-prefill --help     baton-decode --help\n"
+          "Without --model-dir it serves the small demo model that comes with it.\n",
+          f);
+    return 0;
+}
+
+static int serve(int argc, char **argv)
+{
+    log_init("baton", LOG_DEBUG); // supervisor.c filters by --log-level
+    struct plan *plan;
+    enum err e = plan_create(argc, argv, &plan);
+    if (e) {
+        fprintf(stderr, "baton: %s\n", err_text(e));
+        return 2;
+    }
+    int code = supervise(plan);
+    plan_destroy(plan);
+    return code;
+}
+
+static int admin(int argc, char **argv)
+{
+    if (argc < 2) {
+        fprintf(stderr, "usage: baton admin SOCKET COMMAND...\n");
+        return 2;
+    }
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    if (strlen(argv[0]) >= sizeof to.sun_path) {
+        fprintf(stderr, "baton: %s: too long for the name of a socket\n", argv[0]);
+        return 2;
+    }
+    strcpy(to.sun_path, argv[0]);
+    char line[4096];
+    size_t n = 0;
+    for (int i = 1; i < argc; i++)
+        n += (size_t)snprintf(line + MIN(n, sizeof line), sizeof line - MIN(n, sizeof line), "%s%s",
+                              argv[i], i + 1 < argc ? " " : "\n");
+    if (n >= sizeof line) {
+        fprintf(stderr, "baton: the command is longer than %zu bytes\n", sizeof line - 1);
+        return 2;
+    }
+    OWNED_FD fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct timeval patience = {.tv_sec = ADMIN_TIMEOUT_S};
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof to) < 0 ||
+        send(fd, line, n, MSG_NOSIGNAL) != (ssize_t)n) {
+        fprintf(stderr, "baton: %s: %s\n", argv[0], strerror(errno));
+        return 1;
+    }
+    char answer[65536];
+    ssize_t got;
+    bool whole = false;
+    while (!whole && (got = recv(fd, answer, sizeof answer, 0)) > 0) {
+        fwrite(answer, 1, (size_t)got, stdout);
+        whole = answer[got - 1] == '\n';
+    }
+    if (!whole) {
+        fprintf(stderr, "baton: %s: no answer%s%s\n", argv[0], got < 0 ? ": " : "",
+                got < 0 ? strerror(errno) : "");
+        return 1;
+    }
+    return 0;
+}

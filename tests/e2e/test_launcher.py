@@ -1,0 +1,119 @@
+"""`baton` itself: flags, topologies, supervision."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+
+from cluster import BATON, BUILD, ROOT, SLOWER, wait
+
+
+def baton(*args, **kw):
+    return subprocess.run([str(a) for a in (BATON, *args)], capture_output=True, text=True, timeout=30,
+                          cwd=ROOT, **kw)
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--bogus", "1"], "bogus"),
+    (["--mtp-step", "9"], "mtp_step"),
+    (["--tp", "2"], "tp"),
+    (["--port"], "port"),
+    (["word"], "word"),
+    (["--name", "x"], "name"),
+    (["--topology", "/nonexistent.json"], "/nonexistent.json"),
+    (["--topology", "deploy/topologies/2p2d.json", "--decode", "3"], "--decode"),
+    (["--run-dir", "/proc/nope"], "/proc/nope"),
+    (["--host", "no such host"], "host"),
+])
+def test_wrong_flags(args, names):
+    r = baton("serve", *args)
+    assert r.returncode == 2
+    assert r.stdout == "" and r.stderr.count("\n") == 1 and names in r.stderr, r.stderr
+
+
+@pytest.mark.parametrize("topology, names", [
+    ({"decode": [{}]}, "prefill"),
+    ({"prefill": [{}], "decode": []}, "decode"),
+    ({"prefill": [{}], "decode": [{"max_queued": 3}]}, "max_queued"),
+    ({"prefill": [{"mtp_step": [1]}], "decode": [{}]}, "mtp_step"),
+    ({"prefill": [{}], "decode": [{}], "workers": 3}, "workers"),
+    ([], "object"),
+])
+def test_wrong_topology(tmp_path, topology, names):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(topology))
+    r = baton("serve", "--topology", file)
+    assert r.returncode == 2 and names in r.stderr and str(file) in r.stderr, r.stderr
+
+
+def test_help_and_version():
+    for args in (["help"], ["serve", "--help"], ["version"], ["--version"]):
+        r = baton(*args)
+        assert r.returncode == 0 and r.stdout and not r.stderr
+    assert baton().returncode == 2
+    assert baton("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "deploy" / "topologies").glob("*.json")))
+def test_topologies(start, file):
+    path = ROOT / "deploy" / "topologies" / file
+    topology = json.loads(path.read_text())
+    if "cuda" in path.read_text():
+        pytest.skip("needs a GPU")
+    c = start(topology=path, prefill=len(topology["prefill"]), decode=len(topology["decode"]))
+    assert set(c.pids()) == {"launcher", *c.names}
+    assert c.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 2}})[0] == 200
+
+
+def test_config_file(start, tmp_path):
+    """One file for all processes; a flag wins over it."""
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"max_queued": 77, "mtp_step": 1, "served_model_name": "from-file"}))
+    c = start("--config", file, "--mtp-step", 3)
+    assert c.get("/v1/models")[2]["data"][0]["id"] == "from-file"
+    cmdline = open(f"/proc/{c.pid('decode-0')}/cmdline").read()
+    assert "--mtp_step=3" in cmdline and "max_queued" not in cmdline
+
+
+def test_admin(start):
+    c = start()
+    r = baton("admin", c.run_dir / "decode-0.admin", "accounting")
+    assert r.returncode == 0 and json.loads(r.stdout)["pages"]["total"] > 0
+    r = baton("admin", c.run_dir / "nothing.admin", "accounting")
+    assert r.returncode == 1 and r.stderr.count("\n") == 1
+
+
+def test_launcher_killed(start):
+    """kill -9 of the launcher takes everything with it: no orphan keeps a port or a GPU."""
+    c = start()
+    c.broken = True
+    pids = {k: v for k, v in c.pids().items() if k != "launcher"}
+    c.process.send_signal(signal.SIGKILL)
+    c.process.wait()
+
+    def gone(pid):
+        try:
+            return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    wait(lambda: all(gone(p) for p in pids.values()), 5, "all children are gone", c.log)
+
+
+def test_two_on_one_port(start):
+    first = start()
+    second = start("--port", first.port, wait=False)
+    assert second.process.wait(10 * SLOWER) != 0
+    assert str(first.port) in second.log()
+    assert first.get("/ready")[0] == 200
+
+
+def test_programs_missing(tmp_path):
+    r = baton("serve", env={"BATON_BIN_DIR": str(tmp_path)})
+    assert r.returncode == 2 and "baton-router" in r.stderr
+
+
+def test_programs_elsewhere(start):
+    c = start(env={"BATON_BIN_DIR": str(BUILD)})
+    assert c.get("/health")[0] == 200
