@@ -3,8 +3,8 @@
  * States and rules of a stream: stream.h. Each turn of the loop reads the mail, grants pages to
  * waiting attempts in order of arrival, and runs one step over everything that is running
  * (speculate.h). When a running stream needs a page and none is free, the youngest running one is
- * preempted: its pages are freed and the router is told PREEMPTED; it submits the request again with
- * the tokens so far, and the sampling rule makes the text go on as if nothing had happened.
+ * preempted: its pages are freed and the router is told PREEMPTED; it submits the request again
+ * with the tokens so far, and the sampling rule makes the text go on as if nothing had happened.
  */
 #include "decode_worker/decode.h"
 
@@ -41,8 +41,8 @@ struct decode {
     struct stream *streams;
     uint32_t n_waiting, n_reserved, n_zombie, n_running; // by state
     uint32_t max_streams, mtp_step;
-    bool *slot_used;       // [max_streams]
-    struct stream **batch; // [max_streams]
+    bool *slot_used;                     // [max_streams]
+    struct stream **batch;               // [max_streams]
     struct early_release early[N_EARLY]; // a ring
     uint32_t early_at;
     bool stop, draining;
@@ -230,7 +230,8 @@ static void on_submit(struct decode *d, const struct wire_msg *m)
 
     uint32_t n_input = s->n_prompt + s->n_emitted;
     uint32_t pool_tokens = kv_pool_counts(d->pool).total * KV_PAGE_TOKENS;
-    uint32_t left = s->sampling.max_tokens > s->n_emitted ? s->sampling.max_tokens - s->n_emitted : 0;
+    uint32_t left =
+        s->sampling.max_tokens > s->n_emitted ? s->sampling.max_tokens - s->n_emitted : 0;
     char why[160];
     struct stream *st = calloc(1, sizeof(*st));
     if (!st) {
@@ -266,7 +267,8 @@ static void on_submit(struct decode *d, const struct wire_msg *m)
     }
 }
 
-/* Pages for waiting attempts, first come first served among those whose prefill worker has joined. */
+/* Pages for waiting attempts, first come first served among those whose prefill worker has joined.
+ */
 static void grant(struct decode *d)
 {
     for (struct stream *st = d->streams; st; st = st->next) {
@@ -279,7 +281,8 @@ static void grant(struct decode *d)
         uint32_t headroom = d->n_running + d->n_reserved ? d->n_running + d->n_reserved + 1 : 0;
         if (kv_pool_counts(d->pool).free < n + headroom)
             return;
-        st->pages_cap = (st->n_input + st->sampling.max_tokens + STREAM_MAX_WINDOW) / KV_PAGE_TOKENS + 1;
+        st->pages_cap =
+            (st->n_input + st->sampling.max_tokens + STREAM_MAX_WINDOW) / KV_PAGE_TOKENS + 1;
         st->pages = calloc(st->pages_cap, sizeof(st->pages[0]));
         if (!st->pages || kv_pool_alloc(d->pool, n, st->pages) != ERR_OK) {
             free(st->pages);
@@ -625,6 +628,7 @@ static bool step(struct decode *d)
     if (n == 0)
         return false;
 
+    worker_progress(d->worker, true); // from here until the turn ends a standstill is a hang
     uint64_t start_us = clock_now_us();
     enum err err = failpoint_pass("decode.step") == FAILPOINT_ERROR
                        ? err_set(ERR_INTERNAL, "failpoint decode.step")

@@ -262,11 +262,8 @@ enum err handoff_in_expect(struct handoff_in *h, uint64_t instance, uint64_t req
     struct transfer *x = malloc(sizeof(*x) + n * sizeof(x->pages[0]));
     if (!x)
         return err_set(ERR_NOMEM, "no memory for a transfer");
-    *x = (struct transfer){.seq = seq,
-                           .req_id = req_id,
-                           .attempt = attempt,
-                           .start_us = clock_now_us(),
-                           .n_pages = n};
+    *x = (struct transfer){
+        .seq = seq, .req_id = req_id, .attempt = attempt, .start_us = clock_now_us(), .n_pages = n};
     memcpy(x->pages, pages, n * sizeof(x->pages[0]));
     for (uint32_t i = 0; i < n; i++)
         kv_pool_transfer_begin(h->config.pool, pages[i]);

@@ -45,8 +45,8 @@ enum err speculate_create(const struct speculate_config *c, struct speculate **r
     s->top_logprob = calloc(rows * WIRE_MAX_TOP, sizeof(float));
     s->banned = calloc(seqs, sizeof(*s->banned));
     if (!s->token || !s->position || !s->seq_start || !s->ctx_len || !s->block_table ||
-        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->owner ||
-        !s->logprob || !s->top_id || !s->top_logprob || !s->banned) {
+        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->owner || !s->logprob ||
+        !s->top_id || !s->top_logprob || !s->banned) {
         speculate_destroy(s);
         return err_set(ERR_NOMEM, "no memory for a decode batch of %d streams", c->max_streams);
     }
@@ -58,9 +58,9 @@ void speculate_destroy(struct speculate *s)
 {
     if (!s)
         return;
-    void *all[] = {s->token, s->position, s->seq_start, s->ctx_len,    s->block_table,
-                   s->logit_row, s->hidden, s->ids,     s->idx,        s->rows,
-                   s->owner, s->logprob, s->top_id,     s->top_logprob, s->banned};
+    void *all[] = {s->token,     s->position, s->seq_start, s->ctx_len,     s->block_table,
+                   s->logit_row, s->hidden,   s->ids,       s->idx,         s->rows,
+                   s->owner,     s->logprob,  s->top_id,    s->top_logprob, s->banned};
     for (size_t i = 0; i < ARRAY_LEN(all); i++)
         free(all[i]);
     free(s);

@@ -4,8 +4,8 @@
  *   main rows              | token   draft 0 ... draft k-1      window of k+1 rows, one forward
  *   MTP rows   pending ----| draft 0 ... (eagle: each at the next position)
  *
- * The MTP layer first makes the pending slots from true hidden states (so no slot keeps one that was
- * made from a draft), its last row gives draft 0; further drafts recycle its own output. In
+ * The MTP layer first makes the pending slots from true hidden states (so no slot keeps one that
+ * was made from a draft), its last row gives draft 0; further drafts recycle its own output. In
  * vanilla_with_att the further steps keep the position of the first, as separate layers would.
  */
 #ifndef BATON_SPECULATE_H
@@ -30,7 +30,8 @@ void speculate_destroy(struct speculate *s);
  * and top of each stream. Pages must cover n_ctx + n_draft + 1 slots. */
 MUST_CHECK enum err speculate_step(struct speculate *s, struct stream **streams, int n);
 
-/* After n_tokens of the window became output: moves the stream on and notes the pending MTP rows. */
+/* After n_tokens of the window became output: moves the stream on and notes the pending MTP rows.
+ */
 void speculate_advance(struct speculate *s, struct stream *st, uint32_t n_tokens);
 
 #endif

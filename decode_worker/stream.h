@@ -7,9 +7,9 @@
  *      v                       ZOMBIE -RELEASE or READY, transfers ended-> gone
  *     gone
  *
- * 1. RESERVED and ZOMBIE pages may be written by a transfer at any moment: they are freed only after
- *    the prefill worker said READY or RELEASE and every announced transfer ended, or after its pair
- *    was aborted.
+ * 1. RESERVED and ZOMBIE pages may be written by a transfer at any moment: they are freed only
+ * after the prefill worker said READY or RELEASE and every announced transfer ended, or after its
+ * pair was aborted.
  * 2. A RUNNING stream has n_ctx KV slots of the main model and n_ctx - n_pending of the MTP layer;
  *    `token` is drawn, sent, and not in the cache yet.
  */

@@ -107,10 +107,7 @@ static char *text(const char *fmt, ...)
     return s;
 }
 
-char *plan_path(const struct plan *p, const char *file)
-{
-    return text("%s/%s", p->run_dir, file);
-}
+char *plan_path(const struct plan *p, const char *file) { return text("%s/%s", p->run_dir, file); }
 
 /* ---- flags ---- */
 

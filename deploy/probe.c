@@ -97,14 +97,8 @@ void probe_stop(struct probe *p)
     uv_timer_stop(&p->timer);
 }
 
-int probe_port(const struct probe *p)
-{
-    return p->port;
-}
-const char *probe_url_host(const struct probe *p)
-{
-    return p->url_host;
-}
+int probe_port(const struct probe *p) { return p->port; }
+const char *probe_url_host(const struct probe *p) { return p->url_host; }
 
 static void probe_closed(uv_handle_t *h)
 {
@@ -189,10 +183,7 @@ static void got_bytes(uv_stream_t *s, ssize_t n, const uv_buf_t *buf)
     }
 }
 
-static void attempt_closed(uv_handle_t *h)
-{
-    free(h->data);
-}
+static void attempt_closed(uv_handle_t *h) { free(h->data); }
 
 static void finish(struct attempt *a)
 {

@@ -1,9 +1,8 @@
-/* embed_ref.c: rows of the embedding table, bf16 -> fp32; and argmax, its counterpart at the end. */
-#include "kernels/kernels.h"
-
+/* embed_ref.c: rows of the embedding table, bf16 -> fp32; and argmax, its counterpart at the end.
+ */
 #include "kernels/vec.h"
 
-VEC_CLONES void embed_ref(const struct embed_args *a)
+void embed_ref(const struct embed_args *a)
 {
     for (int t = 0; t < a->T; t++) {
         const bf16_t *row = a->table + (int64_t)a->token[t] * a->H;
@@ -13,18 +12,18 @@ VEC_CLONES void embed_ref(const struct embed_args *a)
     }
 }
 
-VEC_CLONES void argmax_ref(const struct argmax_args *a)
+void argmax_ref(const struct argmax_args *a)
 {
     for (int t = 0; t < a->T; t++) {
         const float *x = a->x + (int64_t)t * a->n;
-        // The largest value first, then where it is: both loops are plain enough to vectorise.
+        // The largest value first, then where it is.
         float best = x[0];
         int i = 0;
-        if (a->n_valid >= VEC_LANES) {
+        if (a->n_valid >= VEC_WIDTH) {
             vec m = vec_load(x);
-            for (i = VEC_LANES; i + VEC_LANES <= a->n_valid; i += VEC_LANES)
+            for (i = VEC_WIDTH; i + VEC_WIDTH <= a->n_valid; i += VEC_WIDTH)
                 m = vec_max(vec_load(x + i), m);
-            for (int lane = 0; lane < VEC_LANES; lane++)
+            for (int lane = 0; lane < VEC_WIDTH; lane++)
                 best = m[lane] > best ? m[lane] : best;
         }
         for (; i < a->n_valid; i++)

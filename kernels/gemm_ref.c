@@ -1,24 +1,22 @@
 /* gemm_ref.c: y = x w^T with bf16 weights, by tiles of rows and outputs.
  *
  * Four weight rows are widened to fp32 into a buffer that stays in the first-level cache, and used
- * for up to 32 rows of x; the inner loop keeps 4 x 4 sums of 16 lanes in registers, which is what
- * an AVX-512 core can feed. Long inputs are cut into pieces: between them the lanes rest in memory
- * unchanged, so the order of additions (vec.h) does not know about tiles or pieces.
+ * for up to 32 rows of x; the inner loop keeps as many sums in registers as there are (4 rows x 4
+ * outputs x 16 lanes with AVX-512). Long inputs are cut into pieces: between them the lanes rest in
+ * memory unchanged, so the order of additions (vec.h) does not know about tiles or pieces.
  */
-#include "kernels/kernels.h"
-
 #include "kernels/vec.h"
 
-#define OUT    4   /* outputs per block */
-#define ROWS   4   /* rows per block, at most */
-#define PIECE  512 /* inputs per piece */
-#define GROUP  16  /* outputs per parallel item */
-#define GRAIN  32768 /* multiplications worth handing to a thread */
+#define OUT   4                            /* outputs per block */
+#define ROWS  (VEC_MANY_REGISTERS ? 4 : 2) /* rows per block, at most */
+#define PIECE 512                          /* inputs per piece */
+#define GROUP 16                           /* outputs per parallel item */
+#define GRAIN 32768                        /* multiplications worth handing to a thread */
 
 struct weights_piece {
     float w[OUT][PIECE];
 };
-typedef float lanes[OUT][VEC_LANES];
+typedef float lanes[OUT][SUM_LANES];
 
 static void items(void *arg, int64_t begin, int64_t end);
 
@@ -53,11 +51,12 @@ static void items(void *arg, int64_t begin, int64_t end)
     }
 }
 
-/* Widens n inputs of up to OUT weight rows; missing rows and the last vector's rest become zeros. */
-VEC_INLINE void piece_load(struct weights_piece *p, const bf16_t *w, int64_t stride, int n_out, int n)
+/* Widens n inputs of up to OUT weight rows; missing rows and the last lanes' rest become zeros. */
+VEC_INLINE void piece_load(struct weights_piece *p, const bf16_t *w, int64_t stride, int n_out,
+                           int n)
 {
     for (int o = 0; o < OUT; o++) {
-        int padded = (n + VEC_LANES - 1) / VEC_LANES * VEC_LANES, i = 0;
+        int padded = (n + SUM_LANES - 1) / SUM_LANES * SUM_LANES, i = 0;
         if (o < n_out)
             for (; i < n; i++)
                 p->w[o][i] = bf16_to_f32(w[o * stride + i]);
@@ -66,43 +65,45 @@ VEC_INLINE void piece_load(struct weights_piece *p, const bf16_t *w, int64_t str
     }
 }
 
-/* Adds one piece to the lanes of R rows. */
+/* Adds one piece to the lanes of R rows, a strip of lanes at a time. */
 VEC_INLINE void block(const int R, const float *const *x, const struct weights_piece *p, int n,
                       lanes *sums)
 {
-    vec sum[ROWS][OUT];
+    for (int strip = 0; strip < SUM_LANES; strip += VEC_WIDTH) {
+        vec sum[4][OUT];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < OUT; o++)
-            sum[r][o] = vec_load(sums[r][o]);
-    int i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            vec v = vec_load(x[r] + i);
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < OUT; o++)
-                sum[r][o] += v * vec_load(p->w[o] + i);
-        }
-    }
-    if (i < n) {
+                sum[r][o] = vec_load(sums[r][o] + strip);
+        int i = strip;
+        for (; i + VEC_WIDTH <= n; i += SUM_LANES) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            vec v = vec_load_part(x[r] + i, n - i);
+            for (int r = 0; r < R; r++) {
+                vec v = vec_load(x[r] + i);
+#pragma GCC unroll 4
+                for (int o = 0; o < OUT; o++)
+                    sum[r][o] += v * vec_load(p->w[o] + i);
+            }
+        }
+        if (i < n) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                vec v = vec_load_part(x[r] + i, n - i);
+#pragma GCC unroll 4
+                for (int o = 0; o < OUT; o++)
+                    sum[r][o] += v * vec_load(p->w[o] + i);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < OUT; o++)
-                sum[r][o] += v * vec_load(p->w[o] + i);
-        }
+                vec_store(sums[r][o] + strip, sum[r][o]);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < OUT; o++)
-            vec_store(sums[r][o], sum[r][o]);
 }
 
-VEC_CLONES void dot_tile(const struct dot_tile *t)
+void dot_tile(const struct dot_tile *t)
 {
     struct weights_piece piece;
     lanes sums[DOT_TILE_ROWS];
@@ -113,7 +114,7 @@ VEC_CLONES void dot_tile(const struct dot_tile *t)
             int n = t->n_in - k < PIECE ? t->n_in - k : PIECE;
             piece_load(&piece, t->w + o * t->w_stride + k, t->w_stride, n_out, n);
             for (int r = 0; r < t->n_rows; r += ROWS) {
-                const float *x[ROWS];
+                const float *x[4];
                 int n_rows = t->n_rows - r < ROWS ? t->n_rows - r : ROWS;
                 for (int i = 0; i < n_rows; i++)
                     x[i] = t->x + (t->x_row ? t->x_row[r + i] : r + i) * t->x_stride + k;
@@ -129,8 +130,7 @@ VEC_CLONES void dot_tile(const struct dot_tile *t)
         }
         for (int r = 0; r < t->n_rows; r++) {
             float *y = t->y + r * t->y_stride + o;
-            vec4 sum = vec_sum4(vec_load(sums[r][0]), vec_load(sums[r][1]), vec_load(sums[r][2]),
-                                vec_load(sums[r][3]));
+            vec4 sum = lanes_sum4(sums[r]);
             for (int i = 0; i < n_out; i++)
                 y[i] = t->accumulate ? y[i] + sum[i] : sum[i];
         }

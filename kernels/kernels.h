@@ -3,10 +3,11 @@
  * Each operation has one argument struct and a plain C reference, name_ref: host pointers, fp32
  * arithmetic, a fixed order of summation per output element that does not depend on how many rows
  * are computed together. So a row has the same bits alone or in any batch, in a prompt or while
- * decoding, and for any number of threads. That is what makes "one text, whatever the path" provable.
+ * decoding, and for any number of threads. That is what makes "one text, whatever the path"
+ * provable.
  *
- * Shapes are row-major. Weights are bf16 as in the checkpoint (uint16_t holds the bits), activations
- * and KV pages fp32 in the references. T rows of tokens, H hidden size, V vocabulary.
+ * Shapes are row-major. Weights are bf16 as in the checkpoint (uint16_t holds the bits),
+ * activations and KV pages fp32 in the references. T rows of tokens, H hidden size, V vocabulary.
  * References split work over `par` (NULL = the calling thread) and allocate nothing.
  */
 #ifndef BATON_KERNELS_H
@@ -15,12 +16,12 @@
 #include <stdint.h>
 
 #define KV_PAGE_TOKENS 64
-#define MLA_LATENT     512                       /* kv_lora_rank */
-#define MLA_ROPE       64                        /* qk_rope_head_dim */
-#define MLA_NOPE       192                       /* qk_nope_head_dim */
-#define MLA_V          256                       /* v_head_dim */
-#define MLA_QK         (MLA_NOPE + MLA_ROPE)     /* 256 */
-#define KV_WIDTH       (MLA_LATENT + MLA_ROPE)   /* 576 values per token and layer */
+#define MLA_LATENT     512                     /* kv_lora_rank */
+#define MLA_ROPE       64                      /* qk_rope_head_dim */
+#define MLA_NOPE       192                     /* qk_nope_head_dim */
+#define MLA_V          256                     /* v_head_dim */
+#define MLA_QK         (MLA_NOPE + MLA_ROPE)   /* 256 */
+#define KV_WIDTH       (MLA_LATENT + MLA_ROPE) /* 576 values per token and layer */
 
 typedef uint16_t bf16_t;
 
@@ -29,8 +30,8 @@ struct par;
 struct par *par_create(int n_threads); /* 0 = one per core; NULL when out of memory */
 void par_destroy(struct par *par);
 /* Calls fn(arg, begin, end) on disjoint ranges that cover [0, n), grain at least, and waits. */
-void par_for(struct par *par, int64_t n, int64_t grain, void (*fn)(void *arg, int64_t begin, int64_t end),
-             void *arg);
+void par_for(struct par *par, int64_t n, int64_t grain,
+             void (*fn)(void *arg, int64_t begin, int64_t end), void *arg);
 
 /* out[t] = table[token[t]], bf16 -> fp32. Tokens must be in [0, n_rows). */
 struct embed_args {
@@ -130,14 +131,14 @@ void swiglu_ref(const struct swiglu_args *a);
 /* y[t] += sum over chosen experts of weight * down_e(silu(gate_e x) * up_e x), added in ascending
  * expert order for every row, then the shared expert unscaled. */
 struct moe_args {
-    const float *x;           // [T, H]
-    const bf16_t *gate, *up;  // [E, F, H]
-    const bf16_t *down;       // [E, H, F]
+    const float *x;                                      // [T, H]
+    const bf16_t *gate, *up;                             // [E, F, H]
+    const bf16_t *down;                                  // [E, H, F]
     const bf16_t *shared_gate, *shared_up, *shared_down; // [F, H], [F, H], [H, F]
-    const int32_t *expert;    // [T, k]
-    const float *weight;      // [T, k]
-    float *y;                 // [T, H], accumulated into
-    float *work;              // moe_work_floats(T, ...)
+    const int32_t *expert;                               // [T, k]
+    const float *weight;                                 // [T, k]
+    float *y;                                            // [T, H], accumulated into
+    float *work;                                         // moe_work_floats(T, ...)
     int T, H, F, E, k;
 };
 void moe_ref(const struct moe_args *a, struct par *par);

@@ -9,15 +9,14 @@
  *   softmax  16 lanes over j, then the tree; latent sum over j ascending; one division at the end;
  *   out      dot_tile.
  */
-#include "kernels/kernels.h"
+#include "kernels/vec.h"
 
 #include <math.h>
 
-#include "kernels/vec.h"
-
 #define ROWS    8
 #define HEADS   4
-#define COLUMNS 32 /* latent columns per pass of the absorption */
+#define COLUMNS 64                           /* latent columns per pass of the absorption */
+#define VECS    (VEC_MANY_REGISTERS ? 4 : 2) /* vectors of columns per pass of the latent sum */
 #define HEAD_W  ((int64_t)(MLA_NOPE + MLA_V) * MLA_LATENT)
 
 struct plan {
@@ -32,7 +31,7 @@ static void absorb(const struct mla_args *a, int t, int n_rows, int h, float *qu
 static void attend(const struct mla_args *a, int t, int n_heads, float *query, float *score,
                    int64_t score_stride);
 
-static int64_t padded(int64_t n) { return (n + VEC_LANES - 1) / VEC_LANES * VEC_LANES; }
+static int64_t padded(int64_t n) { return (n + SUM_LANES - 1) / SUM_LANES * SUM_LANES; }
 
 int64_t mla_work_floats(int64_t max_ctx)
 {
@@ -96,53 +95,59 @@ static void items(void *arg, int64_t begin, int64_t end)
     }
 }
 
-/* q_abs of R rows for two vectors of columns. */
-VEC_INLINE void absorb_rows(const int R, float (*w)[COLUMNS], const float *q, int64_t q_stride,
-                            float *to)
+/* q_abs of R rows for N vectors of columns. */
+VEC_INLINE void absorb_rows(const int R, const int N, float (*w)[COLUMNS], const float *q,
+                            int64_t q_stride, float *to)
 {
-    vec sum[ROWS][2];
+    vec sum[ROWS][4];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        sum[r][0] = sum[r][1] = (vec){0};
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++)
+            sum[r][i] = (vec){0};
     for (int d = 0; d < MLA_NOPE; d++) {
-        vec w0 = vec_load(w[d]), w1 = vec_load(w[d] + VEC_LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             float x = q[r * q_stride + d];
-            sum[r][0] += w0 * x;
-            sum[r][1] += w1 * x;
+#pragma GCC unroll 4
+            for (int i = 0; i < N; i++)
+                sum[r][i] += vec_load(w[d] + i * VEC_WIDTH) * x;
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        vec_store(to + r * HEADS * KV_WIDTH, sum[r][0]);
-        vec_store(to + r * HEADS * KV_WIDTH + VEC_LANES, sum[r][1]);
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++)
+            vec_store(to + r * HEADS * KV_WIDTH + i * VEC_WIDTH, sum[r][i]);
 }
 
 /* query[r] = (W_UK[h]^T q_nope, q_rope) for rows t .. t + n_rows. */
-VEC_CLONES static void absorb(const struct mla_args *a, int t, int n_rows, int h, float *query)
+static void absorb(const struct mla_args *a, int t, int n_rows, int h, float *query)
 {
     float w[MLA_NOPE][COLUMNS];
     const bf16_t *from = a->kv_b + h * HEAD_W;
     const float *q = a->q + ((int64_t)t * a->heads + h) * MLA_QK;
-    int64_t q_stride = (int64_t)a->heads * MLA_QK;
+    const int64_t q_stride = (int64_t)a->heads * MLA_QK, stride = HEADS * KV_WIDTH;
     for (int c = 0; c < MLA_LATENT; c += COLUMNS) {
         for (int d = 0; d < MLA_NOPE; d++)
             for (int i = 0; i < COLUMNS; i++)
                 w[d][i] = bf16_to_f32(from[d * MLA_LATENT + c + i]);
         int r = 0;
-        for (; r + 8 <= n_rows; r += 8)
-            absorb_rows(8, w, q + r * q_stride, q_stride, query + r * HEADS * KV_WIDTH + c);
+        for (; VEC_MANY_REGISTERS && r + 8 <= n_rows; r += 8)
+            for (int i = 0; i < COLUMNS; i += 2 * VEC_WIDTH)
+                absorb_rows(8, 2, (float(*)[COLUMNS])(w[0] + i), q + r * q_stride, q_stride,
+                            query + r * stride + c + i);
         for (; r + 4 <= n_rows; r += 4)
-            absorb_rows(4, w, q + r * q_stride, q_stride, query + r * HEADS * KV_WIDTH + c);
-        for (; r + 2 <= n_rows; r += 2)
-            absorb_rows(2, w, q + r * q_stride, q_stride, query + r * HEADS * KV_WIDTH + c);
+            for (int i = 0; i < COLUMNS; i += 2 * VEC_WIDTH)
+                absorb_rows(4, 2, (float(*)[COLUMNS])(w[0] + i), q + r * q_stride, q_stride,
+                            query + r * stride + c + i);
         for (; r < n_rows; r++)
-            absorb_rows(1, w, q + r * q_stride, q_stride, query + r * HEADS * KV_WIDTH + c);
+            for (int i = 0; i < COLUMNS; i += 4 * VEC_WIDTH)
+                absorb_rows(1, 4, (float(*)[COLUMNS])(w[0] + i), q + r * q_stride, q_stride,
+                            query + r * stride + c + i);
     }
     for (int r = 0; r < n_rows; r++)
-        memcpy(query + r * HEADS * KV_WIDTH + MLA_LATENT, q + r * q_stride + MLA_NOPE,
+        memcpy(query + r * stride + MLA_LATENT, q + r * q_stride + MLA_NOPE,
                MLA_ROPE * sizeof(float));
 }
 
@@ -150,78 +155,90 @@ VEC_CLONES static void absorb(const struct mla_args *a, int t, int n_rows, int h
 VEC_INLINE void scores(const int N, const float *query, const float *kv, float scale, float *to,
                        int64_t stride)
 {
-    vec sum[HEADS][4];
+    float lanes[HEADS][4][SUM_LANES];
+    for (int strip = 0; strip < SUM_LANES; strip += VEC_WIDTH) {
+        vec sum[HEADS][4];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; k++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            sum[k][j] = (vec){0};
-    for (int i = 0; i < KV_WIDTH; i += VEC_LANES) {
-        vec c[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            c[j] = vec_load(kv + j * KV_WIDTH + i);
-#pragma GCC unroll 4
-        for (int k = 0; k < N; k++) {
-            vec q = vec_load(query + k * KV_WIDTH + i);
+        for (int k = 0; k < N; k++)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
-                sum[k][j] += q * c[j];
+                sum[k][j] = (vec){0};
+        for (int i = strip; i < KV_WIDTH; i += SUM_LANES) {
+            vec c[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                c[j] = vec_load(kv + j * KV_WIDTH + i);
+#pragma GCC unroll 4
+            for (int k = 0; k < N; k++) {
+                vec q = vec_load(query + k * KV_WIDTH + i);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    sum[k][j] += q * c[j];
+            }
         }
+#pragma GCC unroll 4
+        for (int k = 0; k < N; k++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                vec_store(lanes[k][j] + strip, sum[k][j]);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < N; k++)
-        *(vec4_mem *)(to + k * stride) =
-            vec_sum4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]) * scale;
+        *(vec4_mem *)(to + k * stride) = lanes_sum4(lanes[k]) * scale;
 }
 
-/* Adds n slots' latents, weighted, to 64 columns of N heads' sums. */
+/* Adds n slots' latents, weighted, to VECS vectors of columns of N heads' sums. */
 VEC_INLINE void weighted(const int N, const float *p, int64_t stride, const float *kv, int n,
                          float *to)
 {
-    vec sum[HEADS][4];
+    vec sum[HEADS][VECS];
 #pragma GCC unroll 4
     for (int k = 0; k < N; k++)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sum[k][i] = vec_load(to + k * KV_WIDTH + i * VEC_LANES);
+        for (int i = 0; i < VECS; i++)
+            sum[k][i] = vec_load(to + k * KV_WIDTH + i * VEC_WIDTH);
     for (int j = 0; j < n; j++) {
-        vec c[4];
+        vec c[VECS];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            c[i] = vec_load(kv + j * KV_WIDTH + i * VEC_LANES);
+        for (int i = 0; i < VECS; i++)
+            c[i] = vec_load(kv + j * KV_WIDTH + i * VEC_WIDTH);
 #pragma GCC unroll 4
         for (int k = 0; k < N; k++) {
             float x = p[k * stride + j];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < VECS; i++)
                 sum[k][i] += c[i] * x;
         }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < N; k++)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            vec_store(to + k * KV_WIDTH + i * VEC_LANES, sum[k][i]);
+        for (int i = 0; i < VECS; i++)
+            vec_store(to + k * KV_WIDTH + i * VEC_WIDTH, sum[k][i]);
 }
 
 /* Replaces n scores by e^(score - max) and returns their sum. Room up to a multiple of 16. */
 VEC_INLINE float softmax(float *score, int64_t n)
 {
+    float max = score[0], lanes[SUM_LANES];
+    vec most = {0}, sum[VEC_STRIPS] = {0};
     for (int64_t j = n; j < padded(n); j++)
         score[j] = -INFINITY;
-    vec most = vec_load(score), sum = {0};
-    for (int64_t j = VEC_LANES; j < n; j += VEC_LANES)
+    most += max;
+    for (int64_t j = 0; j < n; j += VEC_WIDTH)
         most = vec_max(vec_load(score + j), most);
-    float max = most[0];
-    for (int i = 1; i < VEC_LANES; i++)
+    for (int i = 0; i < VEC_WIDTH; i++)
         max = most[i] > max ? most[i] : max;
-    for (int64_t j = 0; j < n; j += VEC_LANES) {
-        vec p = vec_exp(vec_load(score + j) - max);
-        vec_store(score + j, p);
-        sum += p;
-    }
-    return vec_sum(sum);
+    for (int64_t j = 0; j < n; j += SUM_LANES)
+        for (int s = 0; s < VEC_STRIPS; s++) {
+            float *at = score + j + s * VEC_WIDTH;
+            vec p = vec_exp(vec_load(at) - max);
+            vec_store(at, p);
+            sum[s] += p;
+        }
+    for (int s = 0; s < VEC_STRIPS; s++)
+        vec_store(lanes + s * VEC_WIDTH, sum[s]);
+    return lanes_sum(lanes);
 }
 
 VEC_INLINE const float *page_find(const struct mla_args *a, int t, int64_t j)
@@ -248,19 +265,19 @@ VEC_INLINE void attend_heads(const int N, const struct mla_args *a, int t, float
     for (int j = 0; j < n_ctx; j += KV_PAGE_TOKENS) {
         const float *kv = page_find(a, t, j);
         int n = n_ctx - j < KV_PAGE_TOKENS ? n_ctx - j : KV_PAGE_TOKENS;
-        for (int c = 0; c < MLA_LATENT; c += 4 * VEC_LANES)
+        for (int c = 0; c < MLA_LATENT; c += VECS * VEC_WIDTH)
             weighted(N, score + j, stride, kv + c, n, query + c);
     }
     for (int k = 0; k < N; k++) {
         float scale = 1.0f / total[k];
-        for (int c = 0; c < MLA_LATENT; c += VEC_LANES)
+        for (int c = 0; c < MLA_LATENT; c += VEC_WIDTH)
             vec_store(query + k * KV_WIDTH + c, vec_load(query + k * KV_WIDTH + c) * scale);
     }
 }
 
 /* Attention of row t; the latent sums replace the absorbed queries. */
-VEC_CLONES static void attend(const struct mla_args *a, int t, int n_heads, float *query,
-                              float *score, int64_t score_stride)
+static void attend(const struct mla_args *a, int t, int n_heads, float *query, float *score,
+                   int64_t score_stride)
 {
     if (n_heads == 4)
         attend_heads(4, a, t, query, score, score_stride);
@@ -272,7 +289,8 @@ VEC_CLONES static void attend(const struct mla_args *a, int t, int n_heads, floa
         attend_heads(1, a, t, query, score, score_stride);
 }
 
-/* ---- the expanded form: definition only, a weight product per slot and head ------------------- */
+/* ---- the expanded form: definition only, a weight product per slot and head -------------------
+ */
 
 static void expanded_items(void *arg, int64_t begin, int64_t end);
 
@@ -293,7 +311,8 @@ static void expanded_items(void *arg, int64_t begin, int64_t end)
         const bf16_t *w = a->kv_b + i % a->heads * HEAD_W;
         const float *q = a->q + i * MLA_QK;
         float *out = a->out + i * MLA_V, max = -INFINITY, total = 0;
-        struct dot_tile expand = {.y = key, .w_stride = MLA_LATENT, .n_rows = 1, .n_in = MLA_LATENT};
+        struct dot_tile expand = {
+            .y = key, .w_stride = MLA_LATENT, .n_rows = 1, .n_in = MLA_LATENT};
         for (int j = 0; j < a->n_ctx[t]; j++) {
             const float *kv = page_find(a, t, j) + j % KV_PAGE_TOKENS * KV_WIDTH;
             expand.x = kv;

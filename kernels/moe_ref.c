@@ -1,27 +1,25 @@
 /* moe_ref.c: routing, SwiGLU and the mixture of experts.
  *
  * Rows are sorted by expert, so that an expert's weights are read once for all its rows; the shared
- * expert is one more, which every row chose. Each (row, expert) result is kept, and a last pass adds
- * a row's own in ascending expert order: what else was in the batch cannot show.
+ * expert is one more, which every row chose. Each (row, expert) result is kept, and a last pass
+ * adds a row's own in ascending expert order: what else was in the batch cannot show.
  */
-#include "kernels/kernels.h"
+#include "kernels/vec.h"
 
 #include <stdbool.h>
-
-#include "kernels/vec.h"
 
 #define OUT_TILE 16 /* outputs per parallel item */
 #define GRAIN    32768
 
 /* ---- routing --------------------------------------------------------------------------------- */
 
-VEC_CLONES static void route_row(const struct route_args *a, int t)
+static void route_row(const struct route_args *a, int t)
 {
     float score[ROUTE_MAX_EXPERTS];
     uint8_t taken[ROUTE_MAX_EXPERTS] = {0};
     const float *logits = a->logits + (int64_t)t * a->E;
-    for (int e = 0; e < a->E; e += VEC_LANES) {
-        int n = a->E - e < VEC_LANES ? a->E - e : VEC_LANES;
+    for (int e = 0; e < a->E; e += VEC_WIDTH) {
+        int n = a->E - e < VEC_WIDTH ? a->E - e : VEC_WIDTH;
         vec_store_part(score + e, vec_sigmoid(vec_load_part(logits + e, n)), n);
     }
     int32_t *expert = a->expert + (int64_t)t * a->k;
@@ -48,10 +46,10 @@ void route_ref(const struct route_args *a)
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
-VEC_CLONES void swiglu_ref(const struct swiglu_args *a)
+void swiglu_ref(const struct swiglu_args *a)
 {
     int64_t i = 0;
-    for (; i + VEC_LANES <= a->n; i += VEC_LANES) {
+    for (; i + VEC_WIDTH <= a->n; i += VEC_WIDTH) {
         vec gate = vec_load(a->gate + i);
         vec_store(a->gate + i, gate * vec_sigmoid(gate) * vec_load(a->up + i));
     }
@@ -193,7 +191,8 @@ static void up_items(void *arg, int64_t begin, int64_t end)
         d.y = m->up + y;
         dot_tile(&d);
         for (int64_t r = 0; r < at.n_rows; r++)
-            swiglu_ref(&(struct swiglu_args){m->gate + y + r * a->F, m->up + y + r * a->F, at.n_out});
+            swiglu_ref(
+                &(struct swiglu_args){m->gate + y + r * a->F, m->up + y + r * a->F, at.n_out});
     }
 }
 
@@ -223,14 +222,14 @@ static void down_items(void *arg, int64_t begin, int64_t end)
 VEC_INLINE void add_scaled(float *y, const float *x, float scale, int n)
 {
     int i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES)
+    for (; i + VEC_WIDTH <= n; i += VEC_WIDTH)
         vec_store(y + i, vec_load(y + i) + vec_load(x + i) * scale);
     if (i < n)
         vec_store_part(y + i, vec_load_part(y + i, n - i) + vec_load_part(x + i, n - i) * scale,
                        n - i);
 }
 
-VEC_CLONES static void add_row(const struct moe *m, int64_t t)
+static void add_row(const struct moe *m, int64_t t)
 {
     const struct moe_args *a = m->a;
     const int32_t *expert = a->expert + t * a->k, *entry = m->entry + t * a->k;

@@ -9,7 +9,7 @@
  * compare-and-swap on it, which fails if the loop has changed meanwhile: so whatever a late worker
  * read of the loop's description belongs to the chunk it claimed.
  */
-#include "kernels/kernels.h"
+#include "kernels/par.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -18,11 +18,11 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-#include "kernels/vec.h"
+#include "kernels/kernels.h"
 
-#define SPIN_TURNS       1000
+#define SPIN_TURNS        1000
 #define CHUNKS_PER_THREAD 4
-#define MAX_THREADS      256
+#define MAX_THREADS       256
 
 typedef void par_fn(void *arg, int64_t begin, int64_t end);
 

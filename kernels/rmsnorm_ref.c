@@ -1,9 +1,7 @@
 /* rmsnorm_ref.c: y = x * rsqrt(mean(x^2) + eps), then * w: transformers' order, all in fp32. */
-#include "kernels/kernels.h"
+#include "kernels/vec.h"
 
 #include <math.h>
-
-#include "kernels/vec.h"
 
 #define GRAIN_VALUES 16384
 
@@ -14,17 +12,26 @@ void rmsnorm_ref(const struct rmsnorm_args *a, struct par *par)
     par_for(par, a->T, GRAIN_VALUES / a->n + 1, rows, (void *)a);
 }
 
-VEC_CLONES static void row(const float *x, const bf16_t *w, float *y, int n, float eps)
+static void row(const float *x, const bf16_t *w, float *y, int n, float eps)
 {
-    vec sum = {0};
+    vec sum[VEC_STRIPS] = {0};
+    float lanes[SUM_LANES] = {0};
     int i = 0;
-    for (; i + VEC_LANES <= n; i += VEC_LANES)
-        sum += vec_load(x + i) * vec_load(x + i);
+    for (; i + SUM_LANES <= n; i += SUM_LANES)
+        for (int s = 0; s < VEC_STRIPS; s++) {
+            vec v = vec_load(x + i + s * VEC_WIDTH);
+            sum[s] += v * v;
+        }
     if (i < n) {
-        vec tail = vec_load_part(x + i, n - i);
-        sum += tail * tail;
+        memcpy(lanes, x + i, sizeof(float) * (size_t)(n - i));
+        for (int s = 0; s < VEC_STRIPS; s++) {
+            vec v = vec_load(lanes + s * VEC_WIDTH);
+            sum[s] += v * v;
+        }
     }
-    float scale = 1.0f / sqrtf(vec_sum(sum) / (float)n + eps);
+    for (int s = 0; s < VEC_STRIPS; s++)
+        vec_store(lanes + s * VEC_WIDTH, sum[s]);
+    float scale = 1.0f / sqrtf(lanes_sum(lanes) / (float)n + eps);
     for (i = 0; i < n; i++)
         y[i] = x[i] * scale * bf16_to_f32(w[i]);
 }

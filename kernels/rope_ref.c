@@ -1,6 +1,6 @@
 /* rope_ref.c: rotary positions on interleaved pairs. The frequencies are rounded to fp32 and the
  * angle is an fp32 product, as in transformers; at position 200,000 that matters. */
-#include "kernels/kernels.h"
+#include "kernels/vec.h"
 
 #include <math.h>
 

@@ -1,26 +1,27 @@
 /* sample_ref.c: the draw, a pure function of one row.
  *
  * penalties -> temperature -> top-k -> top-p -> min-p -> Gumbel-max. Every filter keeps a prefix of
- * the candidates in the order (value descending, id ascending), so none needs a full sort: values go
- * into buckets by their distance to the largest, whole buckets are kept or dropped, and only the one
- * in which the border falls is sorted.
+ * the candidates in the order (value descending, id ascending), so none needs a full sort: values
+ * go into buckets by their distance to the largest, whole buckets are kept or dropped, and only the
+ * one in which the border falls is sorted.
  *
  * The noise of id i is lane i % 4 of Philox(seed; position, i / 4): u = (x + 0.5) / 2^32,
- * g = -log(-log u) in double precision (u rounds to 1 in fp32). It does not depend on what survived,
- * so only survivors need it; and most of them cannot win, which two cheap bounds show:
- *   g <= 22.2 for the largest u;   g <= -log(1 - u), since -log u >= 1 - u.
+ * g = -log(-log u) in double precision (u rounds to 1 in fp32). It does not depend on what
+ * survived, so only survivors need it; and most of them cannot win, which two cheap bounds show: g
+ * <= 22.2 for the largest u;   g <= -log(1 - u), since -log u >= 1 - u.
  */
 #include "kernels/kernels.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
+#include <string.h>
 
-#include "kernels/vec.h"
+#include "kernels/par.h"
 
 #define N_BUCKETS 1024
-#define PER_UNIT  16     /* buckets per unit of log-probability */
-#define MAX_NOISE 22.9   /* above -log(-log(1 - 2^-33)) = 22.873 */
+#define PER_UNIT  16   /* buckets per unit of log-probability */
+#define MAX_NOISE 22.9 /* above -log(-log(1 - 2^-33)) = 22.873 */
 
 struct candidate {
     float z;

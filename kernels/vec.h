@@ -1,52 +1,75 @@
-/* vec.h: what the references compute with: 16 fp32 lanes, whatever the machine has.
+/* vec.h: what the references compute with: 16 lanes of fp32, in as many registers as that takes.
  *
  * A sum over n values is 16 partial sums (value i goes to lane i % 16, i ascending) and then one
- * fixed tree over the lanes. That order is part of each result's definition: it holds for any block
- * shape and any vector width, so AVX-512 and AVX2 machines agree bit for bit (without FMA the
- * roundings differ). Functions marked VEC_CLONES are compiled once per instruction set.
+ * fixed tree over the lanes. That order is part of each result's definition and holds for any block
+ * shape and register width, so AVX-512 and AVX2 machines agree bit for bit (a build without FMA
+ * rounds differently). Code works on `vec`, one register's worth; sums walk the lanes in
+ * VEC_STRIPS strips.
+ *
+ * Include this first: it gives the file's functions the suffix of the build (isa.h).
  */
 #ifndef BATON_VEC_H
 #define BATON_VEC_H
+
+#ifndef ISA
+#define ISA base
+#endif
+#define ISA_PASTE_(name, isa) name##_##isa
+#define ISA_PASTE(name, isa)  ISA_PASTE_(name, isa)
+#define embed_ref             ISA_PASTE(embed_ref, ISA)
+#define rmsnorm_ref           ISA_PASTE(rmsnorm_ref, ISA)
+#define gemm_ref              ISA_PASTE(gemm_ref, ISA)
+#define rope_ref              ISA_PASTE(rope_ref, ISA)
+#define mla_ref               ISA_PASTE(mla_ref, ISA)
+#define mla_expanded_ref      ISA_PASTE(mla_expanded_ref, ISA)
+#define mla_work_floats       ISA_PASTE(mla_work_floats, ISA)
+#define route_ref             ISA_PASTE(route_ref, ISA)
+#define swiglu_ref            ISA_PASTE(swiglu_ref, ISA)
+#define moe_ref               ISA_PASTE(moe_ref, ISA)
+#define moe_work_floats       ISA_PASTE(moe_work_floats, ISA)
+#define argmax_ref            ISA_PASTE(argmax_ref, ISA)
+#define dot_tile              ISA_PASTE(dot_tile, ISA)
 
 #include <stdint.h>
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "kernels/par.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12 &&          \
-    !defined(__SANITIZE_THREAD__)
-#define VEC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if defined(__AVX512F__)
+#define VEC_WIDTH 16
+#elif defined(__AVX__)
+#define VEC_WIDTH 8
 #else
-#define VEC_CLONES
+#define VEC_WIDTH 4
 #endif
+#define SUM_LANES          16
+#define VEC_STRIPS         (SUM_LANES / VEC_WIDTH)
+#define VEC_BYTES          (4 * VEC_WIDTH)
+#define VEC_MANY_REGISTERS (VEC_WIDTH == 16) /* 32 of them instead of 16 */
+
 #define VEC_INLINE static inline __attribute__((always_inline))
 
-/* Vectors never cross a call that is not inlined: their calling convention (-Wno-psabi) is no matter. */
-#define VEC_LANES 16
-typedef float vec __attribute__((vector_size(64)));
-typedef float vec_mem __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t vec_int __attribute__((vector_size(64)));
-typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec __attribute__((vector_size(VEC_BYTES)));
+typedef float vec_mem __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
+typedef int32_t vec_int __attribute__((vector_size(VEC_BYTES)));
 typedef float vec4 __attribute__((vector_size(16)));
 typedef float vec4_mem __attribute__((vector_size(16), aligned(4), may_alias));
-
-/* Index of the calling thread in its pool, 0 for the one that called par_for. */
-int par_self(void);
 
 VEC_INLINE vec vec_load(const float *p) { return *(const vec_mem *)p; }
 VEC_INLINE void vec_store(float *p, vec v) { *(vec_mem *)p = v; }
 
-/* The first n < 16 values, zeros behind them. */
+/* The first n < VEC_WIDTH values, zeros behind them. */
 VEC_INLINE vec vec_load_part(const float *p, int64_t n)
 {
-    float t[VEC_LANES] = {0};
+    float t[VEC_WIDTH] = {0};
     memcpy(t, p, (size_t)n * sizeof(float));
     return vec_load(t);
 }
 
 VEC_INLINE void vec_store_part(float *p, vec v, int64_t n)
 {
-    float t[VEC_LANES];
+    float t[VEC_WIDTH];
     vec_store(t, v);
     memcpy(p, t, (size_t)n * sizeof(float));
 }
@@ -59,29 +82,28 @@ VEC_INLINE float bf16_to_f32(bf16_t h)
     return f;
 }
 
-VEC_INLINE vec4 vec_fold(vec a)
+VEC_INLINE vec4 lanes_fold(const float lanes[SUM_LANES])
 {
-    vec8 b = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(b, b, 0, 1, 2, 3) + __builtin_shufflevector(b, b, 4, 5, 6, 7);
+    const vec4_mem *l = (const vec4_mem *)lanes;
+    return (l[0] + l[2]) + (l[1] + l[3]);
 }
 
-/* The tree over the lanes, for four sums at once. */
-VEC_INLINE vec4 vec_sum4(vec a, vec b, vec c, vec d)
+/* The tree over the lanes. */
+VEC_INLINE float lanes_sum(const float lanes[SUM_LANES])
 {
-    vec4 a4 = vec_fold(a), b4 = vec_fold(b), c4 = vec_fold(c), d4 = vec_fold(d);
-    vec4 ab = __builtin_shufflevector(a4, b4, 0, 1, 4, 5) +
-              __builtin_shufflevector(a4, b4, 2, 3, 6, 7);
-    vec4 cd = __builtin_shufflevector(c4, d4, 0, 1, 4, 5) +
-              __builtin_shufflevector(c4, d4, 2, 3, 6, 7);
+    vec4 t = lanes_fold(lanes);
+    return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+/* The same for four sums at once. */
+VEC_INLINE vec4 lanes_sum4(const float lanes[4][SUM_LANES])
+{
+    vec4 a = lanes_fold(lanes[0]), b = lanes_fold(lanes[1]), c = lanes_fold(lanes[2]),
+         d = lanes_fold(lanes[3]);
+    vec4 ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    vec4 cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
     return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
            __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-}
-
-VEC_INLINE float vec_sum(vec a)
-{
-    vec4 t = vec_fold(a);
-    return (t[0] + t[2]) + (t[1] + t[3]);
 }
 
 VEC_INLINE vec vec_select(vec_int mask, vec a, vec b)
@@ -91,8 +113,8 @@ VEC_INLINE vec vec_select(vec_int mask, vec a, vec b)
 
 VEC_INLINE vec vec_max(vec a, vec b) { return vec_select(a > b, a, b); }
 
-/* e^x to 1-2 ulp (Cephes' expf): x = n ln 2 + r, polynomial in r, exponent from n. Below -87.3 it is
- * 0, above 88 it is e^88; NaN stays NaN. */
+/* e^x to 1-2 ulp (Cephes' expf): x = n ln 2 + r, polynomial in r, exponent from n. Below -87.3 it
+ * is 0, above 88 it is e^88; NaN stays NaN. */
 VEC_INLINE vec vec_exp(vec x)
 {
     const vec zero = {0};
@@ -116,8 +138,9 @@ VEC_INLINE vec vec_exp(vec x)
 
 VEC_INLINE vec vec_sigmoid(vec x) { return 1.0f / (1.0f + vec_exp(-x)); }
 
-/* y[r, o] = sum_i x[r, i] w[o, i] on the calling thread, for a tile of a larger product. x_row picks
- * rows of x (NULL: 0, 1, ..). */
+/* y[r, o] = sum_i x[r, i] w[o, i] on the calling thread, for a tile of a larger product of at most
+ * DOT_TILE_ROWS rows. x_row picks rows of x (NULL: 0, 1, ..). */
+#define DOT_TILE_ROWS 32
 struct dot_tile {
     const float *x;
     const int32_t *x_row;
@@ -128,7 +151,5 @@ struct dot_tile {
     int accumulate;
 };
 void dot_tile(const struct dot_tile *t);
-
-#define DOT_TILE_ROWS 32 /* rows that share one conversion of the weights */
 
 #endif

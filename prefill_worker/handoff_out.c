@@ -1,5 +1,5 @@
-/* handoff_out.c: see handoff_out.h. Everything here runs on the engine thread; the pairs' own threads
- * only turn completions into mail. */
+/* handoff_out.c: see handoff_out.h. Everything here runs on the engine thread; the pairs' own
+ * threads only turn completions into mail. */
 #include "prefill_worker/handoff_out.h"
 
 #include <assert.h>
@@ -42,7 +42,7 @@ struct target { // a decode worker
     struct pair_ref ref; // of pair; reused only after the pair is destroyed
     uint64_t token[2];
     uint64_t next_seq;
-    uint64_t retry_us; // when to try again, in state DOWN
+    uint64_t retry_us;              // when to try again, in state DOWN
     struct transfer *first, **last; // posted, in order of seq
 };
 

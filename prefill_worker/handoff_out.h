@@ -1,6 +1,7 @@
 /* handoff_out.h: the prefill side of the handoff: decode workers, transports, transfers.
  *
- *   decode worker:  INTRODUCED -connect, JOIN-> JOINING -JOINED-> UP -link or transfer failed-> DOWN
+ *   decode worker:  INTRODUCED -connect, JOIN-> JOINING -JOINED-> UP -link or transfer failed->
+ * DOWN
  *                        ^------------------ after a pause, if the router still knows it --------'
  *
  * A prompt's pages go out as transfers of consecutive pages, each announced with PAGES on the link
@@ -25,19 +26,21 @@ struct handoff_out_config {
     const char *shm_name;
     /* A transfer of this prompt ended; err is not OK once and then for all of the peer. */
     void (*on_sent)(void *user, uint64_t owner, uint32_t n_pages, enum err err);
-    /* The decode worker is gone or its pair broke: nothing can be handed to it until it is up again.
-     * Transfers that were posted have ended (on_sent was called for each). */
+    /* The decode worker is gone or its pair broke: nothing can be handed to it until it is up
+     * again. Transfers that were posted have ended (on_sent was called for each). */
     void (*on_down)(void *user, uint64_t instance, const char *why);
     void *user;
 };
 
-MUST_CHECK enum err handoff_out_create(const struct handoff_out_config *c, struct handoff_out **ret);
+MUST_CHECK enum err handoff_out_create(const struct handoff_out_config *c,
+                                       struct handoff_out **ret);
 void handoff_out_destroy(struct handoff_out *h);
 
 /* Mail: returns true if it was about peers or transfers and has been dealt with. GRANT is the
  * caller's (it belongs to a prompt). */
 bool handoff_out_mail(struct handoff_out *h, const struct mail *m);
-/* Reconnects what is down and due. Returns when it wants to be called again (us from now, 0: never). */
+/* Reconnects what is down and due. Returns when it wants to be called again (us from now, 0:
+ * never). */
 uint64_t handoff_out_tick(struct handoff_out *h, uint64_t now_us);
 /* A new router: forgets everyone; posted transfers are ended first. */
 void handoff_out_reset(struct handoff_out *h);

@@ -28,9 +28,9 @@
 #include "prefill_worker/packing.h"
 #include "prefill_worker/prefix_cache.h"
 
-#define EARLY_GRANT_US  10000000u
-#define MAX_EARLY       4096u
-#define IDLE_WAIT_US    100000u
+#define EARLY_GRANT_US 10000000u
+#define MAX_EARLY      4096u
+#define IDLE_WAIT_US   100000u
 
 enum prompt_state { PROMPT_QUEUED, PROMPT_COMPUTING, PROMPT_HANDOFF };
 
@@ -45,18 +45,18 @@ struct prompt {
     struct wire_sampling sampling;
     uint32_t n_prompt, n_emitted, n_ids;
     uint32_t n_done, n_cached;
-    uint32_t n_pages;   // of the whole input
-    uint32_t n_pushed;  // pages announced
-    uint32_t n_sent;    // pages whose transfer ended
+    uint32_t n_pages;  // of the whole input
+    uint32_t n_pushed; // pages announced
+    uint32_t n_sent;   // pages whose transfer ended
     uint32_t n_transfers;
-    uint32_t n_grant;   // 0: none yet
-    bool ready_sent;    // READY went out: RELEASE must not follow
-    bool failed;        // swept at the end of the turn
+    uint32_t n_grant; // 0: none yet
+    bool ready_sent;  // READY went out: RELEASE must not follow
+    bool failed;      // swept at the end of the turn
     enum err fail_code;
     uint64_t checksum;
     uint64_t arrival_us, start_us;
-    uint32_t *pages;    // [n_pages], NULL while queued
-    uint32_t *grant;    // [n_grant]
+    uint32_t *pages; // [n_pages], NULL while queued
+    uint32_t *grant; // [n_grant]
     // once the last chunk is computed
     int32_t token;
     enum wire_finish finish;
@@ -105,10 +105,7 @@ struct prefill {
 static void on_sent(void *user, uint64_t owner, uint32_t n_pages, enum err err);
 static void on_down(void *user, uint64_t instance, const char *why);
 
-static void *alloc_array(size_t n, size_t size)
-{
-    return calloc(n ? n : 1, size);
-}
+static void *alloc_array(size_t n, size_t size) { return calloc(n ? n : 1, size); }
 
 enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
 {
@@ -316,8 +313,7 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
             snprintf(why, sizeof(why), "token id %d at %u is outside [0, %d)", ids[i], i,
                      p->model->n_token_ids);
         }
-    struct prompt *q =
-        code == ERR_OK ? calloc(1, sizeof(*q) + s->n_ids * sizeof(q->ids[0])) : NULL;
+    struct prompt *q = code == ERR_OK ? calloc(1, sizeof(*q) + s->n_ids * sizeof(q->ids[0])) : NULL;
     if (!q) {
         if (peer)
             send_release(p, peer, req_id, attempt, 0);
@@ -444,7 +440,8 @@ static void push(struct prefill *p, struct prompt *q)
         prompt_fail(q, ERR_PROTO);
         return;
     }
-    // Between chunks the MTP slot of the last computed row is there too: its token is in the prompt.
+    // Between chunks the MTP slot of the last computed row is there too: its token is in the
+    // prompt.
     bool computed = q->state == PROMPT_HANDOFF;
     uint32_t n_complete = computed ? q->n_pages : q->n_done / KV_PAGE_TOKENS;
     while (q->n_pushed < n_complete) {
@@ -521,8 +518,8 @@ static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
     int n_banned = worker_stop_ids(s, p->model, banned);
     struct sample_row row;
     worker_sample_row(s, q->n_ids, q->n_emitted, banned, n_banned, &row);
-    bool penalised = s->presence_penalty != 0 || s->frequency_penalty != 0 ||
-                     s->repetition_penalty != 1;
+    bool penalised =
+        s->presence_penalty != 0 || s->frequency_penalty != 0 || s->repetition_penalty != 1;
     if (penalised) {
         memset(p->output_count, 0, (size_t)p->model->vocab * sizeof(p->output_count[0]));
         memset(p->in_prompt, 0, (size_t)p->model->vocab);
@@ -613,7 +610,8 @@ static bool compute_chunk(struct prefill *p)
             p->left[n++] = q->n_ids - q->n_done;
         }
     uint32_t *take_tokens = p->part_tokens;
-    uint32_t total = packing_choose(p->left, n, p->chunk_tokens, p->config.max_prompts, take_tokens);
+    uint32_t total =
+        packing_choose(p->left, n, p->chunk_tokens, p->config.max_prompts, take_tokens);
     if (total == 0)
         return false;
     uint32_t n_parts = 0;
@@ -623,6 +621,7 @@ static bool compute_chunk(struct prefill *p)
             p->part_tokens[n_parts++] = take_tokens[i];
         }
 
+    worker_progress(p->worker, true); // from here until the turn ends a standstill is a hang
     failpoint_pass("prefill.chunk");
     uint64_t start_us = clock_now_us();
     struct batch b = build_batch(p, n_parts, false);
@@ -797,7 +796,8 @@ void prefill_run(void *prefill)
         for (struct prompt *q = p->prompts, *next; q; q = next) { // grants and peers that arrived
             next = q->next;
             push(p, q);
-            if (q->state == PROMPT_HANDOFF && q->ready_sent && q->n_sent == q->n_pages && !q->failed)
+            if (q->state == PROMPT_HANDOFF && q->ready_sent && q->n_sent == q->n_pages &&
+                !q->failed)
                 prompt_end(p, q);
         }
         sweep(p);

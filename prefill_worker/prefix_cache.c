@@ -142,10 +142,7 @@ void prefix_cache_clear(struct prefix_cache *c)
         entry_remove(c, c->oldest);
 }
 
-struct prefix_stats prefix_cache_stats(const struct prefix_cache *c)
-{
-    return c->stats;
-}
+struct prefix_stats prefix_cache_stats(const struct prefix_cache *c) { return c->stats; }
 
 /* ---- entries ---- */
 

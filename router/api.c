@@ -121,15 +121,9 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
     return ERR_OK;
 }
 
-size_t api_n_active(const struct api *a)
-{
-    return a->n_calls;
-}
+size_t api_n_active(const struct api *a) { return a->n_calls; }
 
-void api_drain(struct api *a)
-{
-    a->draining = true;
-}
+void api_drain(struct api *a) { a->draining = true; }
 
 /* Buffers that a large answer blew up are given back. */
 static void trim(struct json_out *o)
@@ -859,10 +853,7 @@ static void call_fail_with(struct api_call *call, const struct api_failure *f)
     call_release(call);
 }
 
-static void call_fail(struct api_call *call)
-{
-    call_fail_with(call, &call->failure);
-}
+static void call_fail(struct api_call *call) { call_fail_with(call, &call->failure); }
 
 static void choice_finish(struct api_choice *choice)
 {

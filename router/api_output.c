@@ -90,10 +90,7 @@ void output_push(struct output *o, const struct gen_chunk *c, struct json_out *s
         fn(user, OUTPUT_CONTENT, p, (size_t)(end - p));
 }
 
-void out_raw(struct json_out *o, const char *text)
-{
-    json_out_raw(o, text, strlen(text));
-}
+void out_raw(struct json_out *o, const char *text) { json_out_raw(o, text, strlen(text)); }
 
 void out_text(struct json_out *o, const char *text)
 {

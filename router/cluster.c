@@ -40,10 +40,7 @@ DEFINE_OWNED(cluster)
 
 /* -- life -- */
 
-static uint64_t seconds(double s)
-{
-    return (uint64_t)(s * 1e6);
-}
+static uint64_t seconds(double s) { return (uint64_t)(s * 1e6); }
 
 enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
 {
@@ -125,14 +122,8 @@ static void cluster_free(struct cluster *c)
 
 /* -- questions -- */
 
-const struct cluster_model *cluster_get_model(const struct cluster *c)
-{
-    return &c->model;
-}
-size_t cluster_n_gens(const struct cluster *c)
-{
-    return c->n_gens;
-}
+const struct cluster_model *cluster_get_model(const struct cluster *c) { return &c->model; }
+size_t cluster_n_gens(const struct cluster *c) { return c->n_gens; }
 
 enum err cluster_admits(struct cluster *c, uint32_t n, int *ret_retry_after_s)
 {

@@ -28,9 +28,11 @@ struct cluster_config {
 MUST_CHECK enum err cluster_create(const struct cluster_config *c, struct cluster **ret);
 /* Brings gauges that mirror state (queue, workers, pages) up to date before metrics_write. */
 void cluster_update_metrics(struct cluster *c);
-/* For the admin socket: requests by state, workers with their pages, epoch, stale counts, timers. */
+/* For the admin socket: requests by state, workers with their pages, epoch, stale counts, timers.
+ */
 json_t *cluster_accounting(struct cluster *c);
 size_t cluster_n_gens(const struct cluster *c);
-void cluster_destroy(struct cluster *c); /* gens must have ended; memory goes when the loop has run */
+void cluster_destroy(
+    struct cluster *c); /* gens must have ended; memory goes when the loop has run */
 
 #endif

@@ -202,10 +202,7 @@ void gen_cancel(struct gen *g)
     gen_destroy(g);
 }
 
-uint64_t gen_id(const struct gen *g)
-{
-    return g->id;
-}
+uint64_t gen_id(const struct gen *g) { return g->id; }
 
 static void gen_destroy(struct gen *g)
 {

@@ -1,12 +1,12 @@
 /* gen.h: one generation: a prompt goes in, text and tokens come out, whatever happens in between.
  *
- * A gen is one output stream (a request with n=3 has three). It owns the request's record: ids, seed,
- * emitted ids, attempt number, deadline. It survives the death of workers: the next attempt continues
- * after the emitted ids, and the caller sees one unbroken stream. Detokenising and stop strings
- * happen here, so text deltas are always whole characters and never contain a stop string.
+ * A gen is one output stream (a request with n=3 has three). It owns the request's record: ids,
+ * seed, emitted ids, attempt number, deadline. It survives the death of workers: the next attempt
+ * continues after the emitted ids, and the caller sees one unbroken stream. Detokenising and stop
+ * strings happen here, so text deltas are always whole characters and never contain a stop string.
  *
- * Everything runs on the loop's thread. Callbacks come from the loop, never from inside gen_start or
- * gen_cancel. After on_end or on_error the gen is gone.
+ * Everything runs on the loop's thread. Callbacks come from the loop, never from inside gen_start
+ * or gen_cancel. After on_end or on_error the gen is gone.
  *
  *   QUEUED -placed-> PREFILL -first token-> DECODE -finish-> (on_end)
  *      ^                |                     |
@@ -29,11 +29,12 @@ enum gen_finish { GEN_STOP, GEN_LENGTH };
 
 /* New output since the last call. Pointers are valid during the call. */
 struct gen_chunk {
-    const char *text; /* whole UTF-8 characters, may be empty (held back, or special tokens skipped) */
+    const char
+        *text; /* whole UTF-8 characters, may be empty (held back, or special tokens skipped) */
     size_t n_text;
     const int32_t *ids; /* new token ids, the ending eos or stop id included */
     int n_ids;
-    int32_t n_logprobs; /* -1: none */
+    int32_t n_logprobs;         /* -1: none */
     const float *logprob;       /* [n_ids] */
     const struct wire_top *top; /* [n_ids, n_logprobs] */
 };
@@ -65,8 +66,8 @@ struct gen_params {
     const char *const *stop;       /* stop strings, copied */
     const size_t *stop_len;
     size_t n_stop;
-    bool include_stop;  /* the matched stop string stays in the text */
-    bool skip_special;  /* leave special tokens out of the text; the ending eos is always left out */
+    bool include_stop; /* the matched stop string stays in the text */
+    bool skip_special; /* leave special tokens out of the text; the ending eos is always left out */
     uint64_t cache_salt;
     uint64_t arrival_us; /* when the HTTP request was complete (clock_now_us) */
 };

@@ -58,7 +58,7 @@ enum {
     START_BELOW_BYTES = 16 * 1024, /* unsent output above which no pipelined request is begun */
     NOTSENT_BYTES = 128 * 1024,    /* unsent bytes the kernel may hold per connection */
     LINGER_MS = 2000,
-    LINGER_BYTES = 256 * 1024,
+    LINGER_BYTES = 16 << 20, /* many clients send all of a body before they read the 413 */
     MAX_REQUESTS_PER_CONNECTION = 1000,
     TICK_MS = 250,
     BACKLOG = 4096,
@@ -159,15 +159,9 @@ static void exchange_end(struct http_exchange *x);
 
 /* ---- small things ---- */
 
-static void list_init(struct list *l)
-{
-    l->prev = l->next = l;
-}
+static void list_init(struct list *l) { l->prev = l->next = l; }
 
-static bool list_is_empty(const struct list *l)
-{
-    return l->next == l;
-}
+static bool list_is_empty(const struct list *l) { return l->next == l; }
 
 static void list_remove(struct list *l)
 {
@@ -572,10 +566,7 @@ static void conn_feed(struct http_conn *c, const char *data, size_t n)
 
 /* ---- answers ---- */
 
-static bool status_has_body(int status)
-{
-    return status >= 200 && status != 204 && status != 304;
-}
+static bool status_has_body(int status) { return status >= 200 && status != 204 && status != 304; }
 
 /* Appends a final answer's head, and settles whether the connection ends with it. body_bytes < 0:
  * length unknown. */
@@ -677,15 +668,9 @@ static void exchange_end(struct http_exchange *x)
     conn_mark_dirty(c);
 }
 
-void http_set_data(struct http_exchange *x, void *data)
-{
-    x->data = data;
-}
+void http_set_data(struct http_exchange *x, void *data) { x->data = data; }
 
-void *http_get_data(const struct http_exchange *x)
-{
-    return x->data;
-}
+void *http_get_data(const struct http_exchange *x) { return x->data; }
 
 static bool header_is_clean(const char *name, const char *value)
 {
@@ -847,14 +832,8 @@ static void server_service(struct http_server *s)
     }
 }
 
-static void on_before_poll(uv_prepare_t *handle)
-{
-    server_service(handle->data);
-}
-static void on_after_poll(uv_check_t *handle)
-{
-    server_service(handle->data);
-}
+static void on_before_poll(uv_prepare_t *handle) { server_service(handle->data); }
+static void on_after_poll(uv_check_t *handle) { server_service(handle->data); }
 
 static void conn_tick(struct http_conn *c, uint64_t now_ms)
 {
@@ -928,10 +907,7 @@ static void server_unref(struct http_server *s)
         free(s);
 }
 
-static void on_server_handle_closed(uv_handle_t *handle)
-{
-    server_unref(handle->data);
-}
+static void on_server_handle_closed(uv_handle_t *handle) { server_unref(handle->data); }
 
 static void on_closed(uv_handle_t *handle)
 {
@@ -1081,20 +1057,11 @@ enum err http_server_create(uv_loop_t *loop, const char *host, int port,
     return ERR_OK;
 }
 
-int http_server_port(const struct http_server *s)
-{
-    return s->port;
-}
+int http_server_port(const struct http_server *s) { return s->port; }
 
-size_t http_server_n_connections(const struct http_server *s)
-{
-    return s->n_conns;
-}
+size_t http_server_n_connections(const struct http_server *s) { return s->n_conns; }
 
-size_t http_server_n_exchanges(const struct http_server *s)
-{
-    return s->n_exchanges;
-}
+size_t http_server_n_exchanges(const struct http_server *s) { return s->n_exchanges; }
 
 void http_server_drain(struct http_server *s)
 {

@@ -18,10 +18,10 @@ struct http_server;
 struct http_exchange; /* one request and its answer */
 
 struct http_limits {
-    size_t max_body_bytes;     /* 413 */
-    size_t max_connections;    /* beyond it new ones are closed at accept */
-    size_t max_write_buffer;   /* unread output per connection before it is cut off */
-    uint64_t header_timeout_ms; /* whole header block, 10 s: 408 */
+    size_t max_body_bytes;                /* 413 */
+    size_t max_connections;               /* beyond it new ones are closed at accept */
+    size_t max_write_buffer;              /* unread output per connection before it is cut off */
+    uint64_t header_timeout_ms;           /* whole header block, 10 s: 408 */
     uint64_t body_idle_ms, body_total_ms; /* 10 s, 60 s: 408 */
     uint64_t keepalive_ms;                /* 75 s idle between requests */
     uint64_t write_stall_ms;              /* 60 s without the client reading anything */
@@ -45,8 +45,8 @@ struct http_handler {
     void (*headers)(void *user, struct http_exchange *x, const struct http_request *r);
     /* A complete request. r is valid only during the call. The handler answers now or later. */
     void (*request)(void *user, struct http_exchange *x, const struct http_request *r);
-    /* The client left (FIN, RST, timeout, cut off as too slow) before the answer ended. The exchange
-     * is invalid after this call. Not called after http_end or http_reply. */
+    /* The client left (FIN, RST, timeout, cut off as too slow) before the answer ended. The
+     * exchange is invalid after this call. Not called after http_end or http_reply. */
     void (*gone)(void *user, struct http_exchange *x);
     /* Builds the body of an error that this module answers itself (400, 408, 413, ...). Returns a
      * malloc'd string. */
@@ -77,12 +77,12 @@ void http_add_header(struct http_exchange *x, const char *name, const char *valu
 void http_reply(struct http_exchange *x, int status, const char *content_type, const char *body,
                 size_t n);
 
-/* Starts a streamed answer (chunked on 1.1, close-delimited on 1.0), then any number of writes, then
- * an end. http_write returns ERR_TOO_LARGE if the client is so far behind that it was cut off (gone
- * follows from the loop). Data is copied. Writes of one loop iteration go out together. */
+/* Starts a streamed answer (chunked on 1.1, close-delimited on 1.0), then any number of writes,
+ * then an end. http_write returns ERR_TOO_LARGE if the client is so far behind that it was cut off
+ * (gone follows from the loop). Data is copied. Writes of one loop iteration go out together. */
 void http_stream(struct http_exchange *x, int status, const char *content_type);
 enum err http_write(struct http_exchange *x, const char *data, size_t n);
-void http_end(struct http_exchange *x);  /* proper end */
+void http_end(struct http_exchange *x);   /* proper end */
 void http_abort(struct http_exchange *x); /* flushes what was written, then closes without the last
                                              chunk: the client sees a broken stream */
 #endif

@@ -337,10 +337,7 @@ static int count_fds(void)
     return n - 3; // ".", ".." and the directory itself
 }
 
-static void count_handle(uv_handle_t *h, void *user)
-{
-    ++*(int *)user;
-}
+static void count_handle(uv_handle_t *h, void *user) { ++*(int *)user; }
 
 static json_t *accounting(struct router *r)
 {

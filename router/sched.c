@@ -125,10 +125,7 @@ static bool place(struct sched *s, uint64_t now_us, struct sched_action *ret);
 
 /* -- lists of slots -- */
 
-static struct list empty_list(void)
-{
-    return (struct list){SCHED_NONE, SCHED_NONE, 0};
-}
+static struct list empty_list(void) { return (struct list){SCHED_NONE, SCHED_NONE, 0}; }
 
 static void list_insert_after(struct sched *s, struct list *l, enum list_kind kind, uint32_t i,
                               uint32_t after)
@@ -669,10 +666,7 @@ static bool takes(const struct sched *s, const struct worker *w, enum wire_role 
            (uint64_t)r->n_prompt + r->max_tokens <= worker_max_tokens(s, w);
 }
 
-static bool needs_d(const struct req *r)
-{
-    return r->max_tokens - r->n_emitted > 1;
-}
+static bool needs_d(const struct req *r) { return r->max_tokens - r->n_emitted > 1; }
 
 static bool suspect_may_join(const struct sched *s, const struct worker *w, const struct req *r)
 {
@@ -814,18 +808,9 @@ static bool place(struct sched *s, uint64_t now_us, struct sched_action *ret)
 
 /* -- questions -- */
 
-enum sched_state sched_state(const struct sched *s, uint32_t i)
-{
-    return s->reqs[i].state;
-}
-uint32_t sched_attempt(const struct sched *s, uint32_t i)
-{
-    return s->reqs[i].attempt;
-}
-uint64_t sched_placed_us(const struct sched *s, uint32_t i)
-{
-    return s->reqs[i].placed_us;
-}
+enum sched_state sched_state(const struct sched *s, uint32_t i) { return s->reqs[i].state; }
+uint32_t sched_attempt(const struct sched *s, uint32_t i) { return s->reqs[i].attempt; }
+uint64_t sched_placed_us(const struct sched *s, uint32_t i) { return s->reqs[i].placed_us; }
 
 bool sched_holds(const struct sched *s, uint32_t i, uint32_t attempt, uint32_t worker)
 {

@@ -7,10 +7,7 @@
 #include "common/base/own.h"
 #include "router/http.h"
 
-void sse_begin(struct http_exchange *x)
-{
-    http_stream(x, 200, "text/event-stream; charset=utf-8");
-}
+void sse_begin(struct http_exchange *x) { http_stream(x, 200, "text/event-stream; charset=utf-8"); }
 
 enum err sse_write(struct http_exchange *x, const char *text, size_t n)
 {

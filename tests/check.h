@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int check_failures, check_passes;
+static _Atomic int check_failures, check_passes; /* threads may check too */
 
 #define CHECK(cond)                                                                                \
     do {                                                                                           \

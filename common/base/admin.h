@@ -13,8 +13,8 @@
 
 struct admin;
 
-/* Answers command with argument ("" if none): return an object, which admin dumps and frees, or NULL
- * for "unknown command". Called on the loop's thread. */
+/* Answers command with argument ("" if none): return an object, which admin dumps and frees, or
+ * NULL for "unknown command". Called on the loop's thread. */
 typedef json_t *admin_fn(void *user, const char *command, const char *argument);
 
 /* Listens at path (a stale socket is replaced, a live one refused: ERR_IO). `failpoint` is handled

@@ -1,4 +1,5 @@
-/* clock.h: time. Every timeout uses the monotonic clock; wall time is for `created`, Date and logs. */
+/* clock.h: time. Every timeout uses the monotonic clock; wall time is for `created`, Date and logs.
+ */
 #ifndef BATON_CLOCK_H
 #define BATON_CLOCK_H
 

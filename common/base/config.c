@@ -467,8 +467,9 @@ void config_log(enum config_proc proc, const struct config *c)
     char text[64];
     for (size_t i = 0; i < ARRAY_LEN(settings); i++)
         if (settings[i].procs & (int)proc)
-            log_info("config", "%s=%s (%s)", settings[i].name,
-                     value_text(&settings[i], c, text, sizeof(text)), sources[i]);
+            log_event(strcmp(sources[i], "default") ? LOG_INFO : LOG_DEBUG, "config", "%s=%s (%s)",
+                      settings[i].name, value_text(&settings[i], c, text, sizeof(text)),
+                      sources[i]);
     // A misspelt variable would otherwise be silence.
     for (char **e = environ; e && *e; e++) {
         size_t n = strcspn(*e, "=");

@@ -35,7 +35,8 @@ MUST_CHECK enum err config_parse(enum config_proc proc, int argc, char **argv, s
  * unknown. *takes_value tells whether the next argument is its value. For the launcher. */
 int config_flag_procs(const char *flag, bool *takes_value);
 
-/* Prints "name=value (source)" for every setting of proc, in log lines at info level. */
+/* Logs "name=value (source)" for every setting of proc: what was set at info level, defaults at
+ * debug. */
 void config_log(enum config_proc proc, const struct config *c);
 
 #endif

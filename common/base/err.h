@@ -9,6 +9,7 @@
 
 #include <stdbool.h>
 
+// clang-format off
 #define ERR_TABLE(X)                                                                               \
     /* code         http  retry  what it means                                              */     \
     X(OK,            200, false, "success")                                                        \
@@ -32,6 +33,7 @@
     X(ABORTED,       500, true,  "stopped on purpose before it finished")                          \
     X(CUDA,          500, false, "CUDA or NCCL failed: this worker must restart")                  \
     X(INTERNAL,      500, false, "a bug in Baton")
+// clang-format on
 
 enum err {
 #define X(code, http, retry, text) ERR_##code,

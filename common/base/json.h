@@ -22,12 +22,14 @@ extern const struct json_limits json_limits_request;
 extern const struct json_limits json_limits_file;
 
 /* Parses text[0..n). Duplicate keys, trailing bytes, bad UTF-8, NUL: ERR_INVALID with line, column
- * and reason; over a limit: ERR_TOO_LARGE naming the limit. *ret is owned by the caller (json_decref). */
+ * and reason; over a limit: ERR_TOO_LARGE naming the limit. *ret is owned by the caller
+ * (json_decref). */
 MUST_CHECK enum err json_parse(const char *text, size_t n, const struct json_limits *limits,
                                json_t **ret);
 
 /* Reads a whole file (max_bytes checked before reading) and parses it. Sentences name the file. */
-MUST_CHECK enum err json_parse_file(const char *path, const struct json_limits *limits, json_t **ret);
+MUST_CHECK enum err json_parse_file(const char *path, const struct json_limits *limits,
+                                    json_t **ret);
 
 /* Reads a whole file into a NUL-terminated buffer that the caller frees. ERR_NOT_FOUND, ERR_IO,
  * ERR_TOO_LARGE name the path. */

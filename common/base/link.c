@@ -149,10 +149,7 @@ struct pump {
     void (*check_silence)(struct pump *p, uint64_t now, bool stalled);
 };
 
-static void on_self_owned_close(uv_handle_t *h)
-{
-    free(h);
-}
+static void on_self_owned_close(uv_handle_t *h) { free(h); }
 
 static void on_ring(uv_poll_t *poll, int status, int events)
 {
@@ -622,22 +619,10 @@ enum err link_hub_create(uv_loop_t *loop, const char *endpoint, struct link_limi
     return ERR_OK;
 }
 
-const char *link_hub_endpoint(const struct link_hub *hub)
-{
-    return hub->endpoint;
-}
-void link_hub_set_epoch(struct link_hub *hub, uint64_t epoch)
-{
-    hub->epoch = epoch;
-}
-uint64_t link_hub_stale(const struct link_hub *hub)
-{
-    return hub->n_stale;
-}
-uint64_t link_hub_bad(const struct link_hub *hub)
-{
-    return hub->n_bad;
-}
+const char *link_hub_endpoint(const struct link_hub *hub) { return hub->endpoint; }
+void link_hub_set_epoch(struct link_hub *hub, uint64_t epoch) { hub->epoch = epoch; }
+uint64_t link_hub_stale(const struct link_hub *hub) { return hub->n_stale; }
+uint64_t link_hub_bad(const struct link_hub *hub) { return hub->n_bad; }
 
 enum err link_hub_send(struct link_hub *hub, uint64_t peer, struct wire_buf *buf)
 {
@@ -919,14 +904,8 @@ enum err link_line_create(uv_loop_t *loop, const char *endpoint, enum wire_role 
     return ERR_OK;
 }
 
-void link_line_set_epoch(struct link_line *line, uint64_t epoch)
-{
-    line->epoch = epoch;
-}
-uint64_t link_line_stale(const struct link_line *line)
-{
-    return line->n_stale;
-}
+void link_line_set_epoch(struct link_line *line, uint64_t epoch) { line->epoch = epoch; }
+uint64_t link_line_stale(const struct link_line *line) { return line->n_stale; }
 
 enum err link_line_send(struct link_line *line, struct wire_buf *buf)
 {

@@ -33,15 +33,16 @@ struct link_limits {
 
 /* peer: the hub's handle for a peer, stable until it is lost; never reused within a process. A peer
  * whose process or line starts over (HELLO or JOIN numbered 0) is LINK_LOST under its old handle,
- * then heard under a new one. The first message of an unknown peer must be numbered 0; anything else
- * is dropped and met with WHO, so that it starts over. m is valid during the call only. */
+ * then heard under a new one. The first message of an unknown peer must be numbered 0; anything
+ * else is dropped and met with WHO, so that it starts over. m is valid during the call only. */
 typedef void link_hub_fn(void *user, uint64_t peer, enum link_event event, const struct wire_msg *m,
                          const char *text);
 
 /* endpoint: "tcp://127.0.0.1:0" and "ipc://path" work; a wildcard port is resolved, see
  * link_hub_endpoint. ipc sockets are created 0600 and stale ones replaced. ERR_IO names it. */
-MUST_CHECK enum err link_hub_create(uv_loop_t *loop, const char *endpoint, struct link_limits limits,
-                                    link_hub_fn *fn, void *user, struct link_hub **ret);
+MUST_CHECK enum err link_hub_create(uv_loop_t *loop, const char *endpoint,
+                                    struct link_limits limits, link_hub_fn *fn, void *user,
+                                    struct link_hub **ret);
 const char *link_hub_endpoint(const struct link_hub *hub);
 
 /* Epoch stamped on what is sent (HELLO always carries 0). Messages received with another epoch are
@@ -49,15 +50,17 @@ const char *link_hub_endpoint(const struct link_hub *hub);
  * WELCOME, REFUSE, WHO, JOIN and PULSE. Hub and line alike. */
 void link_hub_set_epoch(struct link_hub *hub, uint64_t epoch);
 
-/* Sends buf (from wire_begin .. wire_end). ERR_PEER_LOST if the peer is gone (LINK_LOST follows from
- * the loop, never from inside this call), ERR_BUSY if its queue is full. buf is not consumed. */
+/* Sends buf (from wire_begin .. wire_end). ERR_PEER_LOST if the peer is gone (LINK_LOST follows
+ * from the loop, never from inside this call), ERR_BUSY if its queue is full. buf is not consumed.
+ */
 MUST_CHECK enum err link_hub_send(struct link_hub *hub, uint64_t peer, struct wire_buf *buf);
 /* Forgets a peer without a LINK_LOST; what it sends later is met with WHO. */
 void link_hub_forget(struct link_hub *hub, uint64_t peer);
 uint64_t link_hub_stale(const struct link_hub *hub); /* messages dropped for their epoch */
 /* Bad frames dropped so far (decode errors). A peer with 10 of them is lost. */
 uint64_t link_hub_bad(const struct link_hub *hub);
-void link_hub_destroy(struct link_hub *hub); /* no callbacks afterwards; the loop must run once more */
+void link_hub_destroy(
+    struct link_hub *hub); /* no callbacks afterwards; the loop must run once more */
 
 typedef void link_line_fn(void *user, enum link_event event, const struct wire_msg *m,
                           const char *text);

@@ -81,10 +81,7 @@ size_t wire_body_bytes(uint16_t type)
     }
 }
 
-static bool type_known(uint16_t type)
-{
-    return wire_type_name(type)[0] != '?';
-}
+static bool type_known(uint16_t type) { return wire_type_name(type)[0] != '?'; }
 
 static bool type_has_request(uint16_t type)
 {

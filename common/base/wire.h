@@ -33,6 +33,7 @@
 #define WIRE_VERSION 1
 
 /* name, id, body struct, what it means */
+// clang-format off
 #define WIRE_TABLE(X)                                                                              \
     X(HELLO,   1,  wire_hello,   "worker -> router: who I am, what I hold, my fingerprint")        \
     X(WELCOME, 2,  wire_welcome, "router -> worker: accepted; this is the epoch")                  \
@@ -53,6 +54,7 @@
     X(PAGES,   23, wire_pages,   "prefill -> decode: a transfer follows with this number")         \
     X(READY,   24, wire_ready,   "prefill -> decode: all pages pushed; here is the first token")   \
     X(RELEASE, 25, wire_release, "prefill -> decode: no more transfers for this attempt")
+// clang-format on
 
 enum wire_type {
 #define X(name, id, body, text) WIRE_##name = id,
@@ -61,26 +63,26 @@ enum wire_type {
 };
 
 /* Limits. A decoder refuses what exceeds them; a sender must not build it. */
-#define WIRE_MAX_BYTES      (8u << 20) /* one message; also ZMQ_MAXMSGSIZE */
-#define WIRE_MAX_PROMPT     (1u << 20) /* token ids in SUBMIT */
-#define WIRE_MAX_STOP_IDS   16u
-#define WIRE_MAX_PAGES      16384u /* page indexes in GRANT and PAGES */
-#define WIRE_MAX_HIDDEN     8192u  /* floats in READY */
-#define WIRE_MAX_STREAMS    4096u  /* records in TOKENS */
-#define WIRE_MAX_STEP       16u    /* tokens of one stream in one step */
-#define WIRE_MAX_TOP        20u    /* alternatives per token */
-#define WIRE_MAX_NAME       32u
-#define WIRE_MAX_ADDRESS    128u
-#define WIRE_MAX_TEXT       256u
-#define WIRE_MAX_MTP_STEP   7u
+#define WIRE_MAX_BYTES    (8u << 20) /* one message; also ZMQ_MAXMSGSIZE */
+#define WIRE_MAX_PROMPT   (1u << 20) /* token ids in SUBMIT */
+#define WIRE_MAX_STOP_IDS 16u
+#define WIRE_MAX_PAGES    16384u /* page indexes in GRANT and PAGES */
+#define WIRE_MAX_HIDDEN   8192u  /* floats in READY */
+#define WIRE_MAX_STREAMS  4096u  /* records in TOKENS */
+#define WIRE_MAX_STEP     16u    /* tokens of one stream in one step */
+#define WIRE_MAX_TOP      20u    /* alternatives per token */
+#define WIRE_MAX_NAME     32u
+#define WIRE_MAX_ADDRESS  128u
+#define WIRE_MAX_TEXT     256u
+#define WIRE_MAX_MTP_STEP 7u
 
 struct wire_head {
     uint32_t magic;
     uint16_t version, type;
-    uint64_t epoch;   // the router's, drawn at its start; 0 before WELCOME and in HELLO
-    uint64_t seq;     // per link and direction, from 0
-    uint64_t req_id;  // 0 where the message is about no single request
-    uint32_t attempt; // of req_id, from 0
+    uint64_t epoch;      // the router's, drawn at its start; 0 before WELCOME and in HELLO
+    uint64_t seq;        // per link and direction, from 0
+    uint64_t req_id;     // 0 where the message is about no single request
+    uint32_t attempt;    // of req_id, from 0
     uint32_t body_bytes; // all that follows the head: body and arrays
     uint64_t zero;
 };
@@ -175,7 +177,7 @@ struct wire_beat {
     uint64_t handoff_bytes, n_handoffs, n_handoff_failures, handoff_us;
     uint64_t n_drafts, n_draft_tokens, n_accepted_tokens;
     uint64_t accepted_at[WIRE_MAX_MTP_STEP]; // by draft position
-    uint64_t n_steps, n_stale; // engine steps; messages dropped for epoch or attempt
+    uint64_t n_steps, n_stale;               // engine steps; messages dropped for epoch or attempt
 };
 
 /* How tokens are drawn: see common/engine/sampler.h. */
@@ -201,7 +203,8 @@ struct wire_sampling {
 struct wire_submit {
     uint32_t n_prompt, n_emitted; // emitted: output tokens of earlier attempts, part of the input
     uint32_t n_ids;
-    uint32_t peer_idx; // the worker of the other role, as in PEER; UINT32_MAX: no handoff, P finishes
+    uint32_t
+        peer_idx; // the worker of the other role, as in PEER; UINT32_MAX: no handoff, P finishes
     uint64_t peer_instance;
     uint64_t cache_salt; // prefix-cache pages are shared only within equal salts
     struct wire_sampling sampling;
@@ -221,11 +224,11 @@ struct __attribute__((packed, aligned(4))) wire_stream { // follows ids: only 4-
     uint32_t attempt;
     uint32_t first_pos; // index in the output (0 = the request's first output token)
     uint16_t n_tokens;
-    uint16_t finish;      // enum wire_finish; STOP: the last id is the eos or stop id that ended it
-    int32_t n_logprobs;   // -1 or alternatives per token
-    uint32_t n_cached;    // prompt tokens that came from the prefix cache (prefill's record)
-    uint32_t prefill_us;  // start of the first chunk to first token (prefill's record)
-    uint32_t queue_us;    // waiting at the prefill worker before its first chunk (prefill's record)
+    uint16_t finish;     // enum wire_finish; STOP: the last id is the eos or stop id that ended it
+    int32_t n_logprobs;  // -1 or alternatives per token
+    uint32_t n_cached;   // prompt tokens that came from the prefix cache (prefill's record)
+    uint32_t prefill_us; // start of the first chunk to first token (prefill's record)
+    uint32_t queue_us;   // waiting at the prefill worker before its first chunk (prefill's record)
     uint32_t zero;
 };
 static_assert(sizeof(struct wire_stream) == 40, "no padding on the wire");
@@ -300,7 +303,8 @@ struct wire_msg {
 
 /* Checks frame (8-byte aligned) and points ret into it.
  * ERR_PROTO with a sentence naming the message and field if anything is off: magic, version, type,
- * size, non-zero reserved field, a count over its limit, an unterminated string, an unknown enum. */
+ * size, non-zero reserved field, a count over its limit, an unterminated string, an unknown enum.
+ */
 MUST_CHECK enum err wire_decode(const void *frame, size_t n_bytes, struct wire_msg *ret);
 
 const char *wire_type_name(uint16_t type); /* "SUBMIT"; "?" when unknown */
@@ -313,8 +317,8 @@ struct wire_buf {
     bool failed; // out of memory or over WIRE_MAX_BYTES; wire_end reports it
 };
 
-/* Starts a message: head and zeroed body. Returns the body to fill in (valid until the next put), or
- * NULL when out of memory (wire_end will then fail). epoch and seq are the link's to fill in. */
+/* Starts a message: head and zeroed body. Returns the body to fill in (valid until the next put),
+ * or NULL when out of memory (wire_end will then fail). epoch and seq are the link's to fill in. */
 void *wire_begin(struct wire_buf *buf, enum wire_type type, uint64_t req_id, uint32_t attempt);
 void wire_put(struct wire_buf *buf, const void *bytes, size_t n);
 /* Closes the message. ERR_NOMEM or ERR_TOO_LARGE. */

@@ -1,9 +1,9 @@
 /* engine.c: the forward pass of glm4_moe_lite and its MTP layer on the CPU.
  *
- * The residual stream of all rows stays in `x`; each layer walks it in blocks of BLOCK_ROWS, so that
- * the scratch memory does not grow with the batch. Blocks ascend, and a row attends only to slots of
- * its own sequence up to its own: those were written by earlier blocks or by this one. No result
- * depends on where blocks are cut (kernels.h), so a prompt may come in any pieces.
+ * The residual stream of all rows stays in `x`; each layer walks it in blocks of BLOCK_ROWS, so
+ * that the scratch memory does not grow with the batch. Blocks ascend, and a row attends only to
+ * slots of its own sequence up to its own: those were written by earlier blocks or by this one. No
+ * result depends on where blocks are cut (kernels.h), so a prompt may come in any pieces.
  *
  * All memory is taken in engine_create, as one piece cut up by `parts`.
  */
@@ -28,22 +28,22 @@ struct engine {
     void *memory;
     size_t memory_bytes;
     /* whole batch */
-    float *x;                     // [max_rows, H] residual stream
-    float *hidden, *draft_hidden; // [max_rows, H] after the final norm
-    float *import;                // [max_imports, H]
-    float *logits, *draft_logits; // [max_logits, V]
+    float *x;                                    // [max_rows, H] residual stream
+    float *hidden, *draft_hidden;                // [max_rows, H] after the final norm
+    float *import;                               // [max_imports, H]
+    float *logits, *draft_logits;                // [max_logits, V]
     int32_t *slot_page, *slot_row, *seq, *n_ctx; // [max_rows]
     /* one block of rows */
-    float *norm;               // [block, H]
-    float *q_a;                // [block, q_lora]
-    float *q, *attention;      // [block, heads, 256]
-    float *kv_a;               // [block, 576]
-    float *latent;             // [block, 512]
-    float *gate, *up;          // [block, I] dense MLP
-    float *router;             // [block, E]
-    float *expert_weight;      // [block, k]
-    int32_t *expert;           // [block, k]
-    float *joined;             // [block, 2H] input of the MTP layer
+    float *norm;          // [block, H]
+    float *q_a;           // [block, q_lora]
+    float *q, *attention; // [block, heads, 256]
+    float *kv_a;          // [block, 576]
+    float *latent;        // [block, 512]
+    float *gate, *up;     // [block, I] dense MLP
+    float *router;        // [block, E]
+    float *expert_weight; // [block, k]
+    int32_t *expert;      // [block, k]
+    float *joined;        // [block, 2H] input of the MTP layer
     float *moe_work, *mla_work, *sample_work;
 };
 
@@ -53,8 +53,8 @@ static void layer_run(struct engine *e, int layer, const struct batch *b);
 static void attention(struct engine *e, int layer, const struct batch *b, int row, int n);
 static void dense_mlp(struct engine *e, const struct layer_weights *l, int row, int n);
 static void moe_mlp(struct engine *e, const struct layer_weights *l, int row, int n);
-static void head(struct engine *e, const bf16_t *weights, const float *hidden, const struct batch *b,
-                 float *logits);
+static void head(struct engine *e, const bf16_t *weights, const float *hidden,
+                 const struct batch *b, float *logits);
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -141,8 +141,7 @@ enum err engine_create(const struct engine_config *c, const struct weights *w, s
     if (!e->par)
         return err_set(ERR_NOMEM, "cannot start %d threads", c->n_threads);
     size_t bytes = parts(e, NULL);
-    void *memory =
-        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         return err_set(ERR_NOMEM, "no memory for %zu bytes of activations", bytes);
     madvise(memory, bytes, MADV_DONTDUMP); // prompts do not belong in core files
@@ -208,8 +207,8 @@ static enum err hidden_check(const struct engine *e, const struct batch *b,
                 : hidden[r].source == HIDDEN_DRAFT  ? e->n_draft_rows
                                                     : 0;
         if (hidden[r].idx < 0 || hidden[r].idx >= n)
-            return err_set(ERR_INVALID, "row %d wants hidden state %d of source %d, which has %d", r,
-                           hidden[r].idx, hidden[r].source, n);
+            return err_set(ERR_INVALID, "row %d wants hidden state %d of source %d, which has %d",
+                           r, hidden[r].idx, hidden[r].source, n);
     }
     return ERR_OK;
 }
@@ -228,7 +227,8 @@ static void mtp_input(struct engine *e, const struct batch *b, const struct hidd
     norm.y = e->joined;
     rmsnorm_ref(&norm, e->par);
     for (int r = 0; r < n; r++)
-        memcpy(e->norm + (int64_t)r * H, hidden_find(e, hidden[row + r]), sizeof(float) * (size_t)H);
+        memcpy(e->norm + (int64_t)r * H, hidden_find(e, hidden[row + r]),
+               sizeof(float) * (size_t)H);
     norm.w = w->hnorm;
     norm.y = e->joined + H;
     rmsnorm_ref(&norm, e->par);
@@ -284,10 +284,12 @@ static enum err batch_check(const struct engine *e, const struct batch *b)
     const struct engine_config *c = &e->config;
     if (b->n_rows < 0 || b->n_rows > c->max_rows || b->n_seqs < 0 || b->n_seqs > c->max_seqs ||
         b->n_logits < 0 || b->n_logits > c->max_logits)
-        return err_set(ERR_INVALID,
-                       "a batch of %d rows, %d sequences, %d logits exceeds the engine's %d, %d, %d",
-                       b->n_rows, b->n_seqs, b->n_logits, c->max_rows, c->max_seqs, c->max_logits);
-    if (b->n_seqs > 0 ? b->seq_start[0] != 0 || b->seq_start[b->n_seqs] != b->n_rows : b->n_rows > 0)
+        return err_set(
+            ERR_INVALID,
+            "a batch of %d rows, %d sequences, %d logits exceeds the engine's %d, %d, %d",
+            b->n_rows, b->n_seqs, b->n_logits, c->max_rows, c->max_seqs, c->max_logits);
+    if (b->n_seqs > 0 ? b->seq_start[0] != 0 || b->seq_start[b->n_seqs] != b->n_rows
+                      : b->n_rows > 0)
         return err_set(ERR_INVALID, "the batch's sequences do not cover its %d rows", b->n_rows);
     for (int s = 0; s < b->n_seqs; s++) {
         int n = b->seq_start[s + 1] - b->seq_start[s], ctx = b->ctx_len[s];
@@ -363,8 +365,8 @@ static void product(struct engine *e, const float *x, const bf16_t *w, float *y,
              e->par);
 }
 
-static void norm_rows(struct engine *e, const float *x, int x_stride, const bf16_t *w, float *y, int n,
-                      int width, float eps)
+static void norm_rows(struct engine *e, const float *x, int x_stride, const bf16_t *w, float *y,
+                      int n, int width, float eps)
 {
     rmsnorm_ref(&(struct rmsnorm_args){.x = x,
                                        .w = w,
@@ -480,8 +482,8 @@ static void moe_mlp(struct engine *e, const struct layer_weights *l, int row, in
 }
 
 /* Logits of the wanted rows, packed together first. */
-static void head(struct engine *e, const bf16_t *weights, const float *hidden, const struct batch *b,
-                 float *logits)
+static void head(struct engine *e, const bf16_t *weights, const float *hidden,
+                 const struct batch *b, float *logits)
 {
     const int H = e->m->hidden, V = e->m->vocab;
     for (int i = 0; i < b->n_logits; i += e->block_rows) {

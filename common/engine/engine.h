@@ -21,24 +21,24 @@
 struct engine;
 
 struct engine_config {
-    const char *device; /* "cpu" */
-    int n_threads;      /* 0 = one per core */
-    int max_rows;       /* largest batch, in rows */
-    int max_seqs;       /* largest batch, in sequences */
-    int max_logits;     /* most rows whose logits are wanted at once */
-    int max_imports;    /* slots for imported hidden rows */
-    int max_ctx;        /* longest sequence in tokens */
+    const char *device;   /* "cpu" */
+    int n_threads;        /* 0 = one per core */
+    int max_rows;         /* largest batch, in rows */
+    int max_seqs;         /* largest batch, in sequences */
+    int max_logits;       /* most rows whose logits are wanted at once */
+    int max_imports;      /* slots for imported hidden rows */
+    int max_ctx;          /* longest sequence in tokens */
     float inner_norm_eps; /* 0 = norm_eps */
 };
 
 /* All arrays are host memory, valid during the call. */
 struct batch {
     int n_rows, n_seqs, n_logits, max_pages;
-    const int32_t *token;       /* [n_rows], in [0, vocab) */
-    const int32_t *position;    /* [n_rows] RoPE position */
-    const int32_t *seq_start;   /* [n_seqs + 1] first row of each sequence */
-    const int32_t *ctx_len;     /* [n_seqs] KV slots in use once the batch's rows are written: row i of
-                                   the sequence (n of them) gets slot ctx_len - n + i */
+    const int32_t *token;     /* [n_rows], in [0, vocab) */
+    const int32_t *position;  /* [n_rows] RoPE position */
+    const int32_t *seq_start; /* [n_seqs + 1] first row of each sequence */
+    const int32_t *ctx_len; /* [n_seqs] KV slots in use once the batch's rows are written: row i of
+                               the sequence (n of them) gets slot ctx_len - n + i */
     const int32_t *block_table; /* [n_seqs, max_pages] page indexes */
     const int32_t *logit_row;   /* [n_logits] ascending rows whose logits are wanted */
 };
@@ -64,9 +64,10 @@ struct hidden_ref {
     int32_t source, idx;
 };
 
-/* MTP layer (its KV is layer n_layers of the pages). Row r takes embedding of token[r] and hidden[r].
- * For each of logit_row: ret_ids = argmax (lowest id wins), unless ret_ids is NULL (prefill only wants
- * the KV). HIDDEN_DRAFT rows are read before this call's own rows replace them. */
+/* MTP layer (its KV is layer n_layers of the pages). Row r takes embedding of token[r] and
+ * hidden[r]. For each of logit_row: ret_ids = argmax (lowest id wins), unless ret_ids is NULL
+ * (prefill only wants the KV). HIDDEN_DRAFT rows are read before this call's own rows replace them.
+ */
 MUST_CHECK enum err engine_draft(struct engine *e, const struct batch *b,
                                  const struct hidden_ref *hidden, int32_t *ret_ids);
 

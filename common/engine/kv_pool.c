@@ -309,18 +309,9 @@ void kv_pool_check(const struct kv_pool *p)
     check_equal("on the free list", n_listed, p->counts[PAGE_FREE]);
 }
 
-void *kv_pool_base(const struct kv_pool *p)
-{
-    return p->memory;
-}
-uint64_t kv_pool_page_bytes(const struct kv_pool *p)
-{
-    return p->page_bytes;
-}
-const struct kv_pool_config *kv_pool_get_config(const struct kv_pool *p)
-{
-    return &p->config;
-}
+void *kv_pool_base(const struct kv_pool *p) { return p->memory; }
+uint64_t kv_pool_page_bytes(const struct kv_pool *p) { return p->page_bytes; }
+const struct kv_pool_config *kv_pool_get_config(const struct kv_pool *p) { return &p->config; }
 
 void *kv_pool_page(const struct kv_pool *p, uint32_t page)
 {

@@ -26,10 +26,11 @@ struct kv_pool;
 
 struct kv_pool_config {
     uint32_t n_pages;
-    uint32_t n_layers;   /* decoder and MTP layers */
-    uint32_t kv_width;   /* values per token and layer: 576 */
+    uint32_t n_layers;    /* decoder and MTP layers */
+    uint32_t kv_width;    /* values per token and layer: 576 */
     uint32_t dtype_bytes; /* 4: fp32 on the CPU; 2: bf16 on the GPU */
-    const char *shm_name; /* "/name": memory that another process may map (read-only); NULL: private */
+    const char
+        *shm_name; /* "/name": memory that another process may map (read-only); NULL: private */
 };
 
 struct kv_counts {
@@ -43,13 +44,13 @@ DEFINE_OWNED(kv_pool)
 /* Takes n pages, all or nothing, with one reference each, state RESERVED. Never blocks or allocates
  * memory. ERR_NO_PAGES: nothing was taken; worth retrying after any release. */
 MUST_CHECK enum err kv_pool_alloc(struct kv_pool *p, uint32_t n, uint32_t *ret);
-void kv_pool_ref(struct kv_pool *p, uint32_t page);   /* one more sharer */
-void kv_pool_unref(struct kv_pool *p, uint32_t page); /* last one gone: free, unless in flight */
+void kv_pool_ref(struct kv_pool *p, uint32_t page);      /* one more sharer */
+void kv_pool_unref(struct kv_pool *p, uint32_t page);    /* last one gone: free, unless in flight */
 void kv_pool_set_live(struct kv_pool *p, uint32_t page); /* RESERVED -> LIVE */
 /* The prefix cache's own reference: counted as cached while it is the only one. */
 void kv_pool_cache_ref(struct kv_pool *p, uint32_t page);
 void kv_pool_cache_unref(struct kv_pool *p, uint32_t page);
-uint32_t kv_pool_refs(const struct kv_pool *p, uint32_t page); /* without the cache's */
+uint32_t kv_pool_refs(const struct kv_pool *p, uint32_t page);      /* without the cache's */
 uint32_t kv_pool_transfers(const struct kv_pool *p, uint32_t page); /* that name it */
 void kv_pool_transfer_begin(struct kv_pool *p, uint32_t page);
 void kv_pool_transfer_end(struct kv_pool *p, uint32_t page);

@@ -73,10 +73,7 @@ static enum err lost(const char *doing, int e)
 }
 
 /* After a recv or send that returned -1. */
-static bool would_wait(void)
-{
-    return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
-}
+static bool would_wait(void) { return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR; }
 
 static enum err read_until(struct kv_pair *p, int fd, void *ret, size_t n, uint64_t deadline_us)
 {

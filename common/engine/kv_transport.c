@@ -236,10 +236,7 @@ static void *pair_thread(void *arg)
     return NULL;
 }
 
-bool kv_pair_stopping(const struct kv_pair *p)
-{
-    return p->stop;
-}
+bool kv_pair_stopping(const struct kv_pair *p) { return p->stop; }
 
 struct kv_post *kv_pair_next(struct kv_pair *p, const struct kv_post *x)
 {

@@ -38,17 +38,19 @@ struct kv_pair_config {
 MUST_CHECK enum err kv_pair_listen(enum wire_transport kind, const struct kv_pair_config *c,
                                    const char *host, const char *peer_address,
                                    char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret);
-/* Sending end: connects to JOINED's address. Returns at once; failure shows as a failed transfer. */
+/* Sending end: connects to JOINED's address. Returns at once; failure shows as a failed transfer.
+ */
 MUST_CHECK enum err kv_pair_connect(enum wire_transport kind, const struct kv_pair_config *c,
                                     const char *address, struct kv_pair **ret);
 
-/* Posts transfer seq: n pages of the own pool (indexes copied). Sequence numbers must be consecutive.
- * The caller has marked the pages in flight (kv_pool_transfer_begin) and unmarks them after done.
- * ERR_ABORTED after an abort. Never blocks. */
-MUST_CHECK enum err kv_pair_post(struct kv_pair *p, uint64_t seq, const uint32_t *pages, uint32_t n);
+/* Posts transfer seq: n pages of the own pool (indexes copied). Sequence numbers must be
+ * consecutive. The caller has marked the pages in flight (kv_pool_transfer_begin) and unmarks them
+ * after done. ERR_ABORTED after an abort. Never blocks. */
+MUST_CHECK enum err kv_pair_post(struct kv_pair *p, uint64_t seq, const uint32_t *pages,
+                                 uint32_t n);
 
-/* Ends everything posted with ERR_ABORTED and returns when no memory will be touched any more and no
- * callback runs. Not from inside a callback. */
+/* Ends everything posted with ERR_ABORTED and returns when no memory will be touched any more and
+ * no callback runs. Not from inside a callback. */
 void kv_pair_abort(struct kv_pair *p);
 void kv_pair_destroy(struct kv_pair *p); /* aborts first; NULL is fine */
 DEFINE_OWNED(kv_pair)

@@ -166,7 +166,8 @@ static enum err check_fixed(const json_t *root, const struct model_config *m)
     double rotary = 1;
     TRY(bad_model(json_get_double(root, "partial_rotary_factor", 0, 1, &rotary)));
     if (rotary != 1)
-        return err_set(ERR_BAD_MODEL, "partial_rotary_factor is %g, this build runs only 1", rotary);
+        return err_set(ERR_BAD_MODEL, "partial_rotary_factor is %g, this build runs only 1",
+                       rotary);
     return ERR_OK;
 }
 
@@ -206,8 +207,8 @@ static enum err check_layer_types(const json_t *root, const struct model_config 
         const char *want = i < m->n_dense_layers ? "dense" : "sparse";
         const char *is = json_string_value(json_array_get(types, (size_t)i));
         if (!is || strcmp(is, want) != 0)
-            return err_set(ERR_BAD_MODEL, "mlp_layer_types[%d] is %.20s, this build runs only %s", i,
-                           is ? is : "no string", want);
+            return err_set(ERR_BAD_MODEL, "mlp_layer_types[%d] is %.20s, this build runs only %s",
+                           i, is ? is : "no string", want);
     }
     return ERR_OK;
 }
@@ -287,9 +288,10 @@ static enum err read_tokenizer(const char *dir, struct model_config *m)
     int64_t max = -1;
     const char *name;
     json_t *v, *vocab = json_object_get(json_object_get(root, "model"), "vocab");
-    json_object_foreach(vocab, name, v) max = MAX(max, (int64_t)json_integer_value(v));
+    json_object_foreach (vocab, name, v)
+        max = MAX(max, (int64_t)json_integer_value(v));
     size_t i;
-    json_array_foreach(json_object_get(root, "added_tokens"), i, v)
+    json_array_foreach (json_object_get(root, "added_tokens"), i, v)
         max = MAX(max, (int64_t)json_integer_value(json_object_get(v, "id")));
     json_decref(root);
     if (max < 0)

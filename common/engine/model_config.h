@@ -27,10 +27,10 @@ struct model_config {
     uint64_t tokenizer_hash;
 };
 
-/* Reads DIR/config.json (and generation_config.json where present). Everything the engine assumes is
- * checked: model_type, head geometry 192+64/256 latent 512, sigmoid noaux_tc routing without groups,
- * silu, no bias, no rope scaling, interleaved rope, untied head, one or no MTP layer. A field outside
- * is refused by name with its value: ERR_BAD_MODEL. */
+/* Reads DIR/config.json (and generation_config.json where present). Everything the engine assumes
+ * is checked: model_type, head geometry 192+64/256 latent 512, sigmoid noaux_tc routing without
+ * groups, silu, no bias, no rope scaling, interleaved rope, untied head, one or no MTP layer. A
+ * field outside is refused by name with its value: ERR_BAD_MODEL. */
 MUST_CHECK enum err model_config_load(const char *dir, struct model_config *ret);
 
 #endif

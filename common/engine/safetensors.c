@@ -80,8 +80,7 @@ static enum err open_shards(struct safetensors *s, const char *dir, const json_t
 {
     const char *name;
     json_t *v;
-    json_object_foreach((json_t *)map, name, v)
-    {
+    json_object_foreach ((json_t *)map, name, v) {
         const char *file = json_string_value(v);
         if (!file || !file[0] || file[0] == '.' || strchr(file, '/'))
             return err_set(ERR_BAD_MODEL, "%s: weight_map: %.100s: '%.100s' is not a file name",
@@ -98,8 +97,7 @@ static enum err open_shards(struct safetensors *s, const char *dir, const json_t
     }
     qsort(s->tensors, s->n_tensors, sizeof(*s->tensors), by_name);
     // The index and the shards must say the same, in both directions.
-    json_object_foreach((json_t *)map, name, v)
-    {
+    json_object_foreach ((json_t *)map, name, v) {
         const struct st_tensor *t = safetensors_find(s, name);
         if (!t)
             return err_set(ERR_BAD_MODEL, "%s: %.100s should be in %.100s, which does not have it",
@@ -237,15 +235,13 @@ static enum err header_check(const json_t *header, uint64_t data_begin, uint64_t
         return err_set(ERR_NOMEM, "no memory for %zu tensors", json_object_size(header));
     const char *name;
     json_t *v;
-    json_object_foreach((json_t *)header, name, v)
-    {
+    json_object_foreach ((json_t *)header, name, v) {
         if (strcmp(name, "__metadata__") == 0) {
             const char *key;
             json_t *value;
             if (!json_is_object(v))
                 return err_set(ERR_BAD_MODEL, "__metadata__ is not an object");
-            json_object_foreach(v, key, value)
-            {
+            json_object_foreach (v, key, value) {
                 if (!json_is_string(value))
                     return err_set(ERR_BAD_MODEL, "__metadata__: %.100s is not a string", key);
             }
@@ -279,10 +275,11 @@ static bool dtype_find(const char *name, enum st_dtype *ret, unsigned *ret_bytes
         enum st_dtype dtype;
         unsigned bytes;
     } table[] = {
-        {"BF16", ST_BF16, 2},   {"F32", ST_F32, 4},   {"F16", ST_F16, 2},  {"F64", ST_OTHER, 8},
-        {"I64", ST_OTHER, 8},   {"U64", ST_OTHER, 8}, {"I32", ST_OTHER, 4}, {"U32", ST_OTHER, 4},
-        {"I16", ST_OTHER, 2},   {"U16", ST_OTHER, 2}, {"I8", ST_OTHER, 1}, {"U8", ST_OTHER, 1},
-        {"BOOL", ST_OTHER, 1},  {"F8_E4M3", ST_OTHER, 1}, {"F8_E5M2", ST_OTHER, 1},
+        {"BF16", ST_BF16, 2},  {"F32", ST_F32, 4},       {"F16", ST_F16, 2},
+        {"F64", ST_OTHER, 8},  {"I64", ST_OTHER, 8},     {"U64", ST_OTHER, 8},
+        {"I32", ST_OTHER, 4},  {"U32", ST_OTHER, 4},     {"I16", ST_OTHER, 2},
+        {"U16", ST_OTHER, 2},  {"I8", ST_OTHER, 1},      {"U8", ST_OTHER, 1},
+        {"BOOL", ST_OTHER, 1}, {"F8_E4M3", ST_OTHER, 1}, {"F8_E5M2", ST_OTHER, 1},
     };
     for (size_t i = 0; i < ARRAY_LEN(table); i++)
         if (strcmp(name, table[i].name) == 0) {
@@ -313,7 +310,8 @@ static enum err tensor_check(const char *name, const json_t *v, uint64_t data_by
     uint64_t want = value_bytes;
     for (int i = 0; i < t.n_dims; i++) {
         const json_t *d = json_array_get(shape, (size_t)i);
-        if (!json_is_integer(d) || json_integer_value(d) < 0 || json_integer_value(d) > MAX_OFFSET ||
+        if (!json_is_integer(d) || json_integer_value(d) < 0 ||
+            json_integer_value(d) > MAX_OFFSET ||
             __builtin_mul_overflow(want, (uint64_t)json_integer_value(d), &want))
             return err_set(ERR_BAD_MODEL, "%.100s: impossible shape", name);
         t.shape[i] = json_integer_value(d);
@@ -331,8 +329,9 @@ static enum err tensor_check(const char *name, const json_t *v, uint64_t data_by
                        " bytes of data",
                        name, range[0], range[1], data_bytes);
     if (range[1] - range[0] != want)
-        return err_set(ERR_BAD_MODEL, "%.100s: %" PRIu64 " bytes, but its shape in %s needs %" PRIu64,
-                       name, range[1] - range[0], dtype, want);
+        return err_set(ERR_BAD_MODEL,
+                       "%.100s: %" PRIu64 " bytes, but its shape in %s needs %" PRIu64, name,
+                       range[1] - range[0], dtype, want);
     t.offset = range[0];
     t.n_bytes = want;
     *ret = t;
@@ -358,8 +357,8 @@ enum err safetensors_read(const struct safetensors *s, const struct st_tensor *t
     return safetensors_read_part(s, t, 0, t->n_bytes, to);
 }
 
-enum err safetensors_read_part(const struct safetensors *s, const struct st_tensor *t, uint64_t from,
-                               uint64_t n, void *to)
+enum err safetensors_read_part(const struct safetensors *s, const struct st_tensor *t,
+                               uint64_t from, uint64_t n, void *to)
 {
     return read_at(&s->shards[t->shard], t->offset + from, to, n);
 }

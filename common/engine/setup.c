@@ -48,10 +48,11 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
     if (!c->model_dir[0])
         return err_set(ERR_INVALID, "--model-dir is missing");
     if (c->mtp_draft_model_dir[0] && strcmp(c->mtp_draft_model_dir, c->model_dir) != 0)
-        return err_set(ERR_INVALID,
-                       "--mtp-draft-model-dir %s: the MTP layer is read from --model-dir (%s); leave "
-                       "the flag out or give the same directory",
-                       c->mtp_draft_model_dir, c->model_dir);
+        return err_set(
+            ERR_INVALID,
+            "--mtp-draft-model-dir %s: the MTP layer is read from --model-dir (%s); leave "
+            "the flag out or give the same directory",
+            c->mtp_draft_model_dir, c->model_dir);
     struct setup s = {0};
     TRY(kv_transports_parse(c->kv_transport, &s.transports));
     OWNED(weights) w = NULL;

@@ -17,7 +17,8 @@ MUST_CHECK enum err setup_process(enum config_proc proc, const char *default_nam
                                   char **argv, struct config *ret);
 /* Loads the model and derives what the cluster must agree on. ERR_INVALID for settings that do not
  * go together (MTP without an MTP layer, another draft model, an unknown device). */
-MUST_CHECK enum err setup_model(const struct config *c, struct weights **ret, struct setup *ret_setup);
+MUST_CHECK enum err setup_model(const struct config *c, struct weights **ret,
+                                struct setup *ret_setup);
 MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s, const char *shm_name,
                                struct kv_pool **ret);
 void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,

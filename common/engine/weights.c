@@ -48,8 +48,8 @@ struct complaints {
 static enum err weights_create(const struct model_config *config, struct weights **ret);
 static enum err plan_model(struct weights *w, bool mtp_embed, bool mtp_head, struct plan *p);
 static enum err arena_map(struct weights *w, const struct plan *p);
-static enum err check_tensors(const struct plan *p, const struct safetensors *files, bool same_embed,
-                              bool same_head, const char *mtp_prefix);
+static enum err check_tensors(const struct plan *p, const struct safetensors *files,
+                              bool same_embed, bool same_head, const char *mtp_prefix);
 static enum err tensors_equal(const struct safetensors *files, const char *a, const char *b,
                               bool *ret);
 static enum err read_all(const struct weights *w, const struct plan *p,
@@ -92,11 +92,12 @@ plan_add(struct plan *p, const void **pointer, enum st_dtype dtype, bool is_norm
     p->bytes += e->n_bytes;
 }
 
-#define NORM(to, n, ...)        plan_add(p, (const void **)&(to), ST_BF16, true, n, 0, __VA_ARGS__)
-#define MATRIX(to, out, in, ...) plan_add(p, (const void **)&(to), ST_BF16, false, out, in, __VA_ARGS__)
+#define NORM(to, n, ...) plan_add(p, (const void **)&(to), ST_BF16, true, n, 0, __VA_ARGS__)
+#define MATRIX(to, out, in, ...)                                                                   \
+    plan_add(p, (const void **)&(to), ST_BF16, false, out, in, __VA_ARGS__)
 
-static void plan_experts(struct plan *p, const bf16_t **to, int n, int64_t out, int64_t in, int layer,
-                         const char *which)
+static void plan_experts(struct plan *p, const bf16_t **to, int n, int64_t out, int64_t in,
+                         int layer, const char *which)
 {
     for (int e = 0; e < n; e++)
         plan_add(p, e == 0 ? (const void **)to : NULL, ST_BF16, false, out, in,
@@ -297,8 +298,8 @@ static bool is_planned(const struct plan *p, const char *name)
     return false;
 }
 
-static enum err check_tensors(const struct plan *p, const struct safetensors *files, bool same_embed,
-                              bool same_head, const char *mtp_prefix)
+static enum err check_tensors(const struct plan *p, const struct safetensors *files,
+                              bool same_embed, bool same_head, const char *mtp_prefix)
 {
     static const char *const dtypes[] = {"BF16", "F32", "F16", "another type"};
     struct complaints bad = {0};

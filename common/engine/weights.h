@@ -22,10 +22,10 @@ struct layer_weights {
     /* dense layers */
     const bf16_t *mlp_gate, *mlp_up, *mlp_down; /* [I, H], [I, H], [H, I]; NULL in sparse layers */
     /* sparse layers */
-    const bf16_t *router;     /* [E, H] */
-    const float *router_bias; /* [E] */
-    const bf16_t *expert_gate, *expert_up;              /* [E, F, H] */
-    const bf16_t *expert_down;                          /* [E, H, F] */
+    const bf16_t *router;                                /* [E, H] */
+    const float *router_bias;                            /* [E] */
+    const bf16_t *expert_gate, *expert_up;               /* [E, F, H] */
+    const bf16_t *expert_down;                           /* [E, H, F] */
     const bf16_t *shared_gate, *shared_up, *shared_down; /* [F, H], [F, H], [H, F] */
 };
 

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <time.h>
 #include <unistd.h>
 #include <uv.h>
 
@@ -22,6 +23,7 @@
 #define BEAT_MS      100
 #define DEAD_US      3000000u
 #define ADMIN_WAIT_S 5
+#define STOP_S       3 /* for the engine thread to end */
 
 enum post_type { POST_ROUTER, POST_PEER, POST_CONNECT, POST_DISCONNECT, POST_QUIT };
 
@@ -77,7 +79,8 @@ struct worker {
     atomic_bool busy;
 };
 
-static void on_router(void *user, enum link_event event, const struct wire_msg *m, const char *text);
+static void on_router(void *user, enum link_event event, const struct wire_msg *m,
+                      const char *text);
 static void on_hub(void *user, uint64_t peer, enum link_event event, const struct wire_msg *m,
                    const char *text);
 static void on_line(void *user, enum link_event event, const struct wire_msg *m, const char *text);
@@ -122,8 +125,8 @@ static void mail_message(struct worker *w, enum mail_type type, uint64_t peer,
         memcpy(m->frame, msg->body, body);
         m->msg = *msg;
         m->msg.body = m->frame;
-        m->msg.tail = (const uint8_t *)m->frame + ((const uint8_t *)msg->tail -
-                                                   (const uint8_t *)msg->body);
+        m->msg.tail =
+            (const uint8_t *)m->frame + ((const uint8_t *)msg->tail - (const uint8_t *)msg->body);
         m->peer = peer;
     }
     mail_push(w, m);
@@ -368,7 +371,9 @@ static void on_router(void *user, enum link_event event, const struct wire_msg *
     case WIRE_REFUSE: {
         const struct wire_text *t = m->body;
         log_error("link", "the router refused this worker: %s", t->text);
-        quit(w, 2, t->text);
+        // At HELLO: the settings do not fit. Later: the router takes us for stuck; a new start
+        // helps.
+        quit(w, w->welcomed ? 1 : 2, t->text);
         break;
     }
     case WIRE_WELCOME:
@@ -556,7 +561,14 @@ int worker_run(struct worker *w, void (*engine)(void *arg), void *arg)
     if (wire_end(&buf) == ERR_OK && w->welcomed)
         (void)!link_line_send(w->router, &buf);
     wire_buf_finish(&buf);
-    pthread_join(w->engine_thread, NULL);
+    // A stuck engine never reads MAIL_STOP; the process has to end all the same.
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += STOP_S;
+    if (pthread_timedjoin_np(w->engine_thread, NULL, &until) != 0) {
+        log_error("worker", "the engine does not stop, leaving without it");
+        _exit(w->exit_code ? w->exit_code : 1);
+    }
     return w->exit_code;
 }
 

@@ -1,8 +1,8 @@
 /* worker.h: what both worker processes share: the thread that talks, so that the other can compute.
  *
- * The control thread runs a libuv loop with the links: registration, beats, epochs, the admin socket.
- * The engine thread owns all policy state and steps; nothing it decides needs a lock. Between them
- * are two queues: mail (to the engine) and posts (to the links).
+ * The control thread runs a libuv loop with the links: registration, beats, epochs, the admin
+ * socket. The engine thread owns all policy state and steps; nothing it decides needs a lock.
+ * Between them are two queues: mail (to the engine) and posts (to the links).
  *
  *      router ==line== control thread --mail--> engine thread --kv_pair threads (transfers)
  *      peers  ==hub/lines==    ^-----posts---------'
@@ -69,12 +69,12 @@ struct mail *worker_mail_next(struct worker *w, uint64_t wait_us);
 /* From any thread: a transfer ended. */
 void worker_mail_transfer(struct worker *w, uint64_t owner, uint64_t seq, enum err err);
 
-/* Takes the message out of buf (which becomes empty) and sends it. A failed build or send is logged;
- * what a lost message means is the epoch's, attempt's and timeout's business. */
+/* Takes the message out of buf (which becomes empty) and sends it. A failed build or send is
+ * logged; what a lost message means is the epoch's, attempt's and timeout's business. */
 void worker_post_router(struct worker *w, struct wire_buf *buf);
 void worker_post_peer(struct worker *w, uint64_t peer, struct wire_buf *buf);
-/* Prefill: opens or closes a line to a decode worker; its instance is its peer key from then on. In a
- * decode worker peers appear with their first message, and disconnect forgets one. */
+/* Prefill: opens or closes a line to a decode worker; its instance is its peer key from then on. In
+ * a decode worker peers appear with their first message, and disconnect forgets one. */
 void worker_peer_connect(struct worker *w, uint64_t peer, const char *endpoint);
 void worker_peer_disconnect(struct worker *w, uint64_t peer);
 

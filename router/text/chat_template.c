@@ -65,18 +65,9 @@ static void put(struct render *r, bool control, const char *text, size_t n)
     r->pieces[r->n_pieces - 1].n += n;
 }
 
-static void put_control(struct render *r, const char *tags)
-{
-    put(r, true, tags, strlen(tags));
-}
-static void put_words(struct render *r, const char *words)
-{
-    put(r, false, words, strlen(words));
-}
-static void put_span(struct render *r, struct span s)
-{
-    put(r, false, s.p, s.n);
-}
+static void put_control(struct render *r, const char *tags) { put(r, true, tags, strlen(tags)); }
+static void put_words(struct render *r, const char *words) { put(r, false, words, strlen(words)); }
+static void put_span(struct render *r, struct span s) { put(r, false, s.p, s.n); }
 
 static void put_json(struct render *r, const json_t *value)
 {
@@ -87,20 +78,11 @@ static void put_json(struct render *r, const json_t *value)
         r->text.failed = true;
 }
 
-static void scratch_drop(struct json_out *o)
-{
-    json_out_finish(o);
-}
+static void scratch_drop(struct json_out *o) { json_out_finish(o); }
 #define SCRATCH __attribute__((cleanup(scratch_drop))) struct json_out
 
-static struct span span_of(const struct json_out *o)
-{
-    return (struct span){o->data, o->len};
-}
-static void append(struct json_out *o, const char *text)
-{
-    json_out_raw(o, text, strlen(text));
-}
+static struct span span_of(const struct json_out *o) { return (struct span){o->data, o->len}; }
+static void append(struct json_out *o, const char *text) { json_out_raw(o, text, strlen(text)); }
 
 /* ---- the template ---- */
 

@@ -28,10 +28,7 @@ static bool continues(const uint8_t *tail, size_t n, uint8_t byte)
     return byte >= low && byte <= high;
 }
 
-static size_t char_bytes(uint8_t lead)
-{
-    return lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
-}
+static size_t char_bytes(uint8_t lead) { return lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2; }
 
 static void push_byte(struct detokenizer *d, uint8_t byte, struct json_out *out)
 {

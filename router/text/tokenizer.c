@@ -112,10 +112,7 @@ static enum err encode_piece(struct work *w, const char *piece, size_t n);
 
 /* ---- loading ---- */
 
-static enum err out_of_memory(void)
-{
-    return err_set(ERR_NOMEM, "tokenizer");
-}
+static enum err out_of_memory(void) { return err_set(ERR_NOMEM, "tokenizer"); }
 
 #define REFUSE(...) err_set(ERR_BAD_MODEL, __VA_ARGS__)
 
@@ -329,10 +326,7 @@ static enum err merge_halves(const json_t *merge, size_t i, struct json_out *byt
     return ERR_OK;
 }
 
-static void scratch_drop(struct json_out *o)
-{
-    json_out_finish(o);
-}
+static void scratch_drop(struct json_out *o) { json_out_finish(o); }
 #define SCRATCH __attribute__((cleanup(scratch_drop))) struct json_out
 
 static enum err load_merges(const json_t *merges, struct tokenizer *t)
@@ -601,10 +595,7 @@ static int32_t trie_longest(const struct tokenizer *t, const char *text, size_t 
     return id;
 }
 
-int32_t tokenizer_n_ids(const struct tokenizer *t)
-{
-    return t->n_ids;
-}
+int32_t tokenizer_n_ids(const struct tokenizer *t) { return t->n_ids; }
 
 int32_t tokenizer_added_id(const struct tokenizer *t, const char *text)
 {

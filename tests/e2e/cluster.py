@@ -39,6 +39,7 @@ def wait(condition, timeout, what, log=None):
 
 class Cluster:
     def __init__(self, *flags, prefill=1, decode=1, env=None, topology=None):
+        assert BATON.exists(), f"{BATON} is not built"
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="baton-e2e-"))
         self.run_dir = self.dir / "run"
         self.ready_file = self.dir / "ready"
@@ -49,6 +50,8 @@ class Cluster:
             command += ["--topology", topology]
         else:
             command += ["--prefill", prefill, "--decode", decode]
+        if SLOWER > 1 and "--step-timeout-s" not in flags:
+            command += ["--step-timeout-s", 10 * SLOWER]
         self.names = ["router"]
         self.workers = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
         self.names += self.workers
@@ -142,7 +145,7 @@ class Cluster:
         """Every page, request slot and connection is back where it was before the first request."""
         wait(lambda: not self.not_idle(), timeout, f"idle again; last: {self.not_idle()}", self.log)
 
-    def wait_connections_closed(self, timeout=2):
+    def wait_connections_closed(self, timeout=3):  # closing lingers for 2 s at most
         wait(lambda: self.fds() <= self.fds_at_start, timeout, "the router's descriptors are closed",
              lambda: f"{self.fds()} open, {self.fds_at_start} at the start")
 
@@ -200,8 +203,10 @@ class Cluster:
                 else:
                     self.process.kill()
                     self.process.wait()
+            log = self.log()
         finally:
             shutil.rmtree(self.dir, ignore_errors=True)
+        assert "Sanitizer" not in log, log
 
     def __enter__(self):
         try:

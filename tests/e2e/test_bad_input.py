@@ -281,7 +281,7 @@ def test_no_such_model(start):
 def test_rogue_peer_on_the_admin_socket(cluster):
     for junk in (b"\n", b"nonsense\n", b"failpoint\n", b"\x00\xff\n", b"x" * 100_000 + b"\n"):
         with socket.socket(socket.AF_UNIX) as s:
-            s.settimeout(5)
+            s.settimeout(0.3)  # some get an answer, some none
             s.connect(str(cluster.run_dir / "decode-0.admin"))
             try:
                 s.sendall(junk)

@@ -129,6 +129,58 @@ def test_decode_worker_frozen(start):
     works_again(c, want)
 
 
+@pytest.mark.parametrize("victim, point", [("decode-1", "decode.step"), ("prefill-1", "prefill.chunk")])
+def test_engine_stuck(start, victim, point):
+    """A device that hangs: the process answers everything but makes no step. Heartbeats do not see
+    that; the router does, tells it to leave, and the launcher starts a fresh one."""
+    c = start("--mtp-step", 2, "--threads", 1, "--step-timeout-s", 2, prefill=2, decode=2)
+    want = reference(c)
+    pids = c.pids()
+    answer = c.admin(victim, f"failpoint {point}=sleep:60000")
+    if "error" in answer:
+        pytest.skip("this build has no failpoints")
+    answers = gather(c, "/generate_stream", BODIES)
+    assert [a.error for a in answers] == [None] * N
+    assert [a.ids for a in answers] == want
+    c.wait_restarted(victim, pids[victim])
+    works_again(c, want)
+
+
+def test_request_that_kills(start):
+    """A request that kills whoever runs it costs a bounded number of workers and gets an error."""
+    env = {"BATON_FAILPOINTS": "prefill.dequeue=kill"}
+    c = start("--mtp-step", 2, "--threads", 1, prefill=2, decode=1, env=env)
+    c.broken = True
+    status, headers, answer = c.post("/generate", BODIES[0])
+    assert status in (500, 502, 503) and answer["error"]["message"]
+    assert c.log().count("was killed") <= 3
+
+
+@pytest.mark.parametrize("point", ["kv.send@0=error", "kv.recv@0=error", "prefill.ready@0=drop",
+                                   "decode.emit@20=kill", "kv.send@1=kill", "kv.recv@1=kill",
+                                   "prefill.ready@2=kill", "router.tokens@9=drop", "decode.preempt=off"])
+def test_failpoints(start, point):
+    """Faults at the seams of the handoff: the same text, or an explicit error."""
+    c = start("--mtp-step", 2, "--threads", 1, "--prefix-cache", "off", "--step-timeout-s", 3,
+              "--prefill-timeout-s", 4, prefill=2, decode=2)
+    want = reference(c)
+    names = ["router"] if point.startswith("router") else \
+        [f"{point.split('.')[0].replace('kv', 'prefill')}-1"]
+    if point.startswith("kv.recv"):
+        names = ["decode-1"]
+    for name in names:
+        answer = c.admin(name, f"failpoint {point}")
+        if "error" in answer and "no failpoints" in answer["error"]:
+            pytest.skip("this build has no failpoints")
+        assert "error" not in answer, answer
+    began = time.monotonic()
+    answers = gather(c, "/generate_stream", BODIES)
+    spent = time.monotonic() - began
+    check(answers, [0] * N, want)
+    print(f"{point}: {spent:.2f} s")
+    works_again(c, want)
+
+
 def test_router_killed(start):
     c = start("--mtp-step", 2, prefill=2, decode=2)
     want = reference(c)

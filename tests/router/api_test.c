@@ -102,19 +102,13 @@ static void script_reset(const char *text)
     script.ready = true;
 }
 
-const struct cluster_model *cluster_get_model(const struct cluster *c)
-{
-    return &c->model;
-}
+const struct cluster_model *cluster_get_model(const struct cluster *c) { return &c->model; }
 bool cluster_ready(const struct cluster *c)
 {
     (void)c;
     return script.ready;
 }
-uint64_t gen_id(const struct gen *g)
-{
-    return (uint64_t)(uintptr_t)g;
-}
+uint64_t gen_id(const struct gen *g) { return (uint64_t)(uintptr_t)g; }
 
 enum err cluster_admits(struct cluster *c, uint32_t n, int *ret_retry_after_s)
 {

@@ -154,10 +154,7 @@ static struct fake *fake_create(enum wire_role role, const char *name)
     return f;
 }
 
-static void on_fake_close(uv_handle_t *h)
-{
-    free(h->data);
-}
+static void on_fake_close(uv_handle_t *h) { free(h->data); }
 
 static void fake_destroy(struct fake *f)
 {

@@ -262,10 +262,7 @@ static void client_send(struct client *c, const char *data, size_t n)
     client_flush(c);
 }
 
-static void client_say(struct client *c, const char *text)
-{
-    client_send(c, text, strlen(text));
-}
+static void client_say(struct client *c, const char *text) { client_send(c, text, strlen(text)); }
 
 static void server_stop(void)
 {
@@ -347,6 +344,8 @@ static size_t answer_read(const char *rx, size_t n, bool eof, bool to_head, stru
 static bool answer_get(const struct client *c, int idx, struct answer *ret)
 {
     size_t at = 0;
+    if (!c->rx)
+        return false;
     for (int i = 0; i <= idx; i++) {
         size_t used = answer_read(c->rx + at, c->n_rx - at, c->eof, false, ret);
         if (!used)

@@ -49,10 +49,7 @@ static uint32_t add(uint32_t n_prompt, uint32_t max_tokens)
 }
 
 /* The next action, or -1. */
-static int step(void)
-{
-    return sched_next(s, now, &last) ? (int)last.what : -1;
-}
+static int step(void) { return sched_next(s, now, &last) ? (int)last.what : -1; }
 
 static int place_all(void)
 {

@@ -98,23 +98,11 @@ static uint64_t draw(struct world *w)
     return x ^ x >> 31;
 }
 
-static uint32_t below(struct world *w, uint32_t n)
-{
-    return (uint32_t)(draw(w) % n);
-}
-static bool chance(struct world *w, uint32_t per_100k)
-{
-    return below(w, 100000) < per_100k;
-}
-static uint32_t pages(uint64_t tokens)
-{
-    return (uint32_t)((tokens + PAGE - 1) / PAGE);
-}
+static uint32_t below(struct world *w, uint32_t n) { return (uint32_t)(draw(w) % n); }
+static bool chance(struct world *w, uint32_t per_100k) { return below(w, 100000) < per_100k; }
+static uint32_t pages(uint64_t tokens) { return (uint32_t)((tokens + PAGE - 1) / PAGE); }
 
-static struct request *by_id(struct world *w, uint64_t id)
-{
-    return &w->r[id - 1];
-}
+static struct request *by_id(struct world *w, uint64_t id) { return &w->r[id - 1]; }
 
 /* -- workers -- */
 

@@ -60,10 +60,7 @@ static void on_reader_connect(uv_connect_t *c, int status)
         uv_read_start((uv_stream_t *)&r->pipe, on_reader_alloc, on_reader_read);
 }
 
-static void on_reader_close(uv_handle_t *h)
-{
-    ((struct reader *)h->data)->closed = true;
-}
+static void on_reader_close(uv_handle_t *h) { ((struct reader *)h->data)->closed = true; }
 
 static void reader_open(struct reader *r)
 {

@@ -239,7 +239,7 @@ static void settings_are_logged_with_their_source(void)
     const char *text = printed(CONFIG_ROUTER, NULL, STDERR_FILENO, &status);
     CHECK(strstr(text, "port=7 (flag)"));
     CHECK(strstr(text, "host=0.0.0.0 (environment)"));
-    CHECK(strstr(text, "max_queued=2048 (default)"));
+    CHECK(!strstr(text, "max_queued")); // defaults are for --log-level debug
     CHECK(!strstr(text, "mtp_step"));
     CHECK(strstr(text, "variable=BATON_HOTS is not a setting"));
     unsetenv("BATON_HOST");

@@ -89,10 +89,7 @@ static void on_line(void *user, enum link_event event, const struct wire_msg *m,
 
 /* ---- the loop -------------------------------------------------------------------------------- */
 
-static void on_watchdog(uv_timer_t *t)
-{
-    *(bool *)t->data = true;
-}
+static void on_watchdog(uv_timer_t *t) { *(bool *)t->data = true; }
 static void on_nothing(uv_handle_t *h) {}
 
 /* Runs the loop until cond; fails after a generous time. WAIT_RAW is for what a raw socket hears:
@@ -252,10 +249,7 @@ static void exchanges_over_ipc(void)
     exchange(new_path(path));
 }
 
-static void exchanges_over_tcp_with_a_wildcard_port(void)
-{
-    exchange("tcp://127.0.0.1:0");
-}
+static void exchanges_over_tcp_with_a_wildcard_port(void) { exchange("tcp://127.0.0.1:0"); }
 
 static void ipc_sockets_are_private_and_live_ones_refused(void)
 {

@@ -1,4 +1,5 @@
-/* engine_test.c: the demo model against its goldens, and every path against every other bit for bit. */
+/* engine_test.c: the demo model against its goldens, and every path against every other bit for
+ * bit. */
 #include "common/engine/engine.h"
 
 #include <string.h>
@@ -135,8 +136,8 @@ static struct trace trace_new(const struct weights *w, int n)
 }
 
 /* Records rows [row, row + n) of the last forward, which are slots [slot, slot + n) of s. */
-static void trace_rows(struct trace *t, struct bench *e, const struct sequence *s, int row, int slot,
-                       int n)
+static void trace_rows(struct trace *t, struct bench *e, const struct sequence *s, int row,
+                       int slot, int n)
 {
     const struct model_config *m = engine_model(e->engine);
     uint64_t layers = kv_pool_get_config(e->pool)->n_layers;
@@ -148,14 +149,16 @@ static void trace_rows(struct trace *t, struct bench *e, const struct sequence *
         to += m->vocab;
         const float *page = kv_pool_page(e->pool, (uint32_t)s->pages[(slot + i) / KV_PAGE_TOKENS]);
         for (int l = 0; l < m->n_layers; l++, to += KV_WIDTH)
-            memcpy(to, page + ((uint64_t)l * KV_PAGE_TOKENS + (uint64_t)(slot + i) % KV_PAGE_TOKENS) * KV_WIDTH,
+            memcpy(to,
+                   page + ((uint64_t)l * KV_PAGE_TOKENS + (uint64_t)(slot + i) % KV_PAGE_TOKENS) *
+                              KV_WIDTH,
                    KV_WIDTH * sizeof(float));
         (void)layers;
     }
 }
 
-static struct trace trace_chunked(const struct weights *w, int n_threads, const int32_t *token, int n,
-                                  int chunk)
+static struct trace trace_chunked(const struct weights *w, int n_threads, const int32_t *token,
+                                  int n, int chunk)
 {
     struct bench e = bench_open(w, n_threads);
     struct sequence s = sequence_new(&e, n);
@@ -201,8 +204,7 @@ static void goldens_open(void)
 
     const char *name;
     json_t *v;
-    json_object_foreach(json_object_get(golden, "cases"), name, v)
-    {
+    json_object_foreach (json_object_get(golden, "cases"), name, v) {
         struct golden_case *c = &cases[n_cases++];
         const json_t *prompt = json_object_get(v, "prompt_ids");
         const json_t *greedy = json_object_get(v, "greedy_ids");
@@ -214,7 +216,8 @@ static void goldens_open(void)
         for (int i = 0; i < c->n_prompt; i++)
             c->seq[i] = (int32_t)json_integer_value(json_array_get(prompt, (size_t)i));
         for (int i = 0; i < c->n_greedy; i++)
-            c->seq[c->n_prompt + i] = (int32_t)json_integer_value(json_array_get(greedy, (size_t)i));
+            c->seq[c->n_prompt + i] =
+                (int32_t)json_integer_value(json_array_get(greedy, (size_t)i));
         c->margin = json_number_value(json_object_get(v, "min_margin"));
         c->drafts = json_object_get(v, "drafts");
         for (int k = 0; k < N_DRAFTS; k++)
@@ -283,8 +286,8 @@ static void logits_and_greedy_text(void)
 }
 
 /* One MTP batch of one sequence; returns the last row's draft. */
-static int32_t draft(struct bench *e, const struct sequence *s, int slot, const int32_t *token, int n,
-                     struct hidden_ref first)
+static int32_t draft(struct bench *e, const struct sequence *s, int slot, const int32_t *token,
+                     int n, struct hidden_ref first)
 {
     static struct arrays a;
     static struct hidden_ref hidden[MAX_ROWS];
@@ -323,8 +326,9 @@ static void drafts_and_acceptance(void)
                          (struct hidden_ref){HIDDEN_MAIN, from});
             if (from == 0) {
                 CHECK_OK(engine_read_logits(e.engine, true, 0, logits));
-                worst = fmax(worst, largest_difference(
-                                        logits, golden_tensor(c->name, "mtp_logits_first"), V));
+                worst =
+                    fmax(worst,
+                         largest_difference(logits, golden_tensor(c->name, "mtp_logits_first"), V));
             }
             for (int k = 1; k < N_DRAFTS; k++)
                 d[k] = draft(&e, &s, p + k, &d[k - 1], 1,
@@ -437,7 +441,8 @@ static void drafts_do_not_depend_on_the_batch(void)
     struct part parts[] = {{&a, x->seq, x->n_prompt}, {&b, y->seq, y->n_prompt}};
     forward(&e, parts, 2);
     // Alone, hidden states straight from the forward ..
-    int32_t want = draft(&e, &b, 0, y->seq + 1, y->n_prompt, (struct hidden_ref){HIDDEN_MAIN, x->n_prompt});
+    int32_t want =
+        draft(&e, &b, 0, y->seq + 1, y->n_prompt, (struct hidden_ref){HIDDEN_MAIN, x->n_prompt});
     CHECK_OK(engine_read_logits(e.engine, true, 0, alone));
     // .. and with the other sequence before it, the last one imported.
     static struct arrays arrays;
@@ -568,8 +573,12 @@ static void bad_batches_are_refused(void)
     CHECK_OK(engine_forward(e.engine, &(struct batch){.seq_start = a.seq_start}));
     bench_close(&e);
 
-    struct engine_config c = {.device = "cuda", .n_threads = 1, .max_rows = 1, .max_seqs = 1,
-                              .max_logits = 1, .max_ctx = 64};
+    struct engine_config c = {.device = "cuda",
+                              .n_threads = 1,
+                              .max_rows = 1,
+                              .max_seqs = 1,
+                              .max_logits = 1,
+                              .max_ctx = 64};
     struct kv_pool_config p = {.n_pages = 1, .n_layers = 3, .kv_width = KV_WIDTH, .dtype_bytes = 4};
     OWNED(kv_pool) pool = NULL;
     OWNED(engine) engine = NULL;
@@ -595,8 +604,12 @@ static void draws_are_by_row(void)
     struct sample_row rows[N];
     for (int i = 0; i < N; i++) {
         idx[i] = (i * 7 + 3) % c->n_prompt;
-        rows[i] = (struct sample_row){.seed = 5, .position = idx[i], .temperature = 1.5f, .top_p = 1,
-                                      .repetition = 1, .n_logprobs = i % 2 ? TOP : -1};
+        rows[i] = (struct sample_row){.seed = 5,
+                                      .position = idx[i],
+                                      .temperature = 1.5f,
+                                      .top_p = 1,
+                                      .repetition = 1,
+                                      .n_logprobs = i % 2 ? TOP : -1};
     }
     CHECK_OK(engine_sample(e.engine, N, idx, rows, TOP, id, logprob, top_id, top_logprob));
     for (int i = 0; i < N; i++) {

@@ -256,10 +256,7 @@ static void end_collect(struct end *e, const struct end *sender)
     }
 }
 
-static uint32_t pages_of(uint64_t seq)
-{
-    return 1 + (uint32_t)(hash_mix(seq + 99) % MAX_PAGES);
-}
+static uint32_t pages_of(uint64_t seq) { return 1 + (uint32_t)(hash_mix(seq + 99) % MAX_PAGES); }
 
 static void random_transfers_arrive_whole(void)
 {

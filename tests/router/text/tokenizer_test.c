@@ -75,10 +75,7 @@ static void check_goldens(const struct tokenizer *t)
     }
 }
 
-static void goldens(void)
-{
-    check_goldens(demo);
-}
+static void goldens(void) { check_goldens(demo); }
 
 /* "a b" and ["a", "b"] say the same. */
 static void merges_as_strings_and_pairs(void)
