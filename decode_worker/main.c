@@ -24,6 +24,11 @@ static enum err run(const struct config *config, int *ret_exit)
     TRY(setup_pool(config, &setup, NULL, &pool));
     int n_streams = (int)config->running_max_req_size;
     int n_rows = n_streams * ((int)config->mtp_step + 1);
+    struct worker_config w = {.role = WIRE_DECODE, .config = config};
+    setup_hello(config, &setup, pool, &w.hello);
+    w.hello.max_running = (uint32_t)n_streams;
+    w.hello.mtp_step = (uint32_t)config->mtp_step;
+    TRY(worker_create(&w, &worker));
     struct engine_config e = {
         .device = config->device,
         .n_threads = (int)config->threads,
@@ -33,14 +38,10 @@ static enum err run(const struct config *config, int *ret_exit)
         .max_imports = n_streams,
         .max_ctx = (int)setup.max_total_tokens,
         .inner_norm_eps = (float)config->inner_norm_eps,
+        .progress = worker_computing,
+        .progress_user = worker,
     };
     TRY(engine_create(&e, weights, pool, &engine));
-
-    struct worker_config w = {.role = WIRE_DECODE, .config = config};
-    setup_hello(config, &setup, pool, &w.hello);
-    w.hello.max_running = (uint32_t)n_streams;
-    w.hello.mtp_step = (uint32_t)config->mtp_step;
-    TRY(worker_create(&w, &worker));
     struct decode_config d = {
         .config = config,
         .worker = worker,

@@ -35,6 +35,12 @@ static enum err run(struct config *config, int *ret_exit)
     int64_t chunk = MIN(config->chunked_prefill_size, (int64_t)setup.max_total_tokens);
     config->chunked_prefill_size = chunk;
     TRY(setup_pool(config, &setup, shm, &pool));
+    struct worker_config w = {.role = WIRE_PREFILL, .config = config};
+    setup_hello(config, &setup, pool, &w.hello);
+    w.hello.max_running = (uint32_t)config->max_prefill_queue;
+    w.hello.chunk_tokens = (uint32_t)chunk;
+    w.hello.mtp_step = config->mtp_step > 0;
+    TRY(worker_create(&w, &worker));
     struct engine_config e = {
         .device = config->device,
         .n_threads = (int)config->threads,
@@ -44,15 +50,10 @@ static enum err run(struct config *config, int *ret_exit)
         .max_imports = 0,
         .max_ctx = (int)setup.max_total_tokens,
         .inner_norm_eps = (float)config->inner_norm_eps,
+        .progress = worker_computing,
+        .progress_user = worker,
     };
     TRY(engine_create(&e, weights, pool, &engine));
-
-    struct worker_config w = {.role = WIRE_PREFILL, .config = config};
-    setup_hello(config, &setup, pool, &w.hello);
-    w.hello.max_running = (uint32_t)config->max_prefill_queue;
-    w.hello.chunk_tokens = (uint32_t)chunk;
-    w.hello.mtp_step = config->mtp_step > 0;
-    TRY(worker_create(&w, &worker));
     struct prefill_config p = {
         .config = config,
         .worker = worker,

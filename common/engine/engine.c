@@ -1,109 +1,29 @@
-/* engine.c: the forward pass of glm4_moe_lite and its MTP layer on the CPU.
- *
- * The residual stream of all rows stays in `x`; each layer walks it in blocks of BLOCK_ROWS, so
- * that the scratch memory does not grow with the batch. Blocks ascend, and a row attends only to
- * slots of its own sequence up to its own: those were written by earlier blocks or by this one. No
- * result depends on where blocks are cut (kernels.h), so a prompt may come in any pieces.
- *
- * All memory is taken in engine_create, as one piece cut up by `parts`.
- */
-#include "common/engine/engine.h"
+/* engine.c: checks what callers ask, then lets the device's engine compute it. */
+#include "common/engine/engine_impl.h"
 
+#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-
-#define BLOCK_ROWS 512
-#define ALIGN      64
-
-struct engine {
-    struct engine_config config;
-    const struct weights *w;
-    const struct model_config *m;
-    struct par *par;
-    float *kv; // the pool's memory
-    int kv_layers, n_pages, block_rows;
-    int n_rows, n_draft_rows;     // of the last engine_forward and engine_draft
-    int n_logits, n_draft_logits; // likewise
-
-    void *memory;
-    size_t memory_bytes;
-    /* whole batch */
-    float *x;                                    // [max_rows, H] residual stream
-    float *hidden, *draft_hidden;                // [max_rows, H] after the final norm
-    float *import;                               // [max_imports, H]
-    float *logits, *draft_logits;                // [max_logits, V]
-    int32_t *slot_page, *slot_row, *seq, *n_ctx; // [max_rows]
-    /* one block of rows */
-    float *norm;          // [block, H]
-    float *q_a;           // [block, q_lora]
-    float *q, *attention; // [block, heads, 256]
-    float *kv_a;          // [block, 576]
-    float *latent;        // [block, 512]
-    float *gate, *up;     // [block, I] dense MLP
-    float *router;        // [block, E]
-    float *expert_weight; // [block, k]
-    int32_t *expert;      // [block, k]
-    float *joined;        // [block, 2H] input of the MTP layer
-    float *moe_work, *mla_work, *sample_work;
-};
 
 static enum err batch_check(const struct engine *e, const struct batch *b);
-static void slots_find(struct engine *e, const struct batch *b);
-static void layer_run(struct engine *e, int layer, const struct batch *b);
-static void attention(struct engine *e, int layer, const struct batch *b, int row, int n);
-static void dense_mlp(struct engine *e, const struct layer_weights *l, int row, int n);
-static void moe_mlp(struct engine *e, const struct layer_weights *l, int row, int n);
-static void head(struct engine *e, const bf16_t *weights, const float *hidden,
-                 const struct batch *b, float *logits);
+static enum err hidden_check(const struct engine *e, const struct batch *b,
+                             const struct hidden_ref *hidden);
 
-/* ---- memory ---------------------------------------------------------------------------------- */
-
-/* Lists every buffer; with base NULL it only adds up. */
-static size_t parts(struct engine *e, char *base)
+/* "cpu" or "cuda:N"; -1 is the CPU. */
+static enum err device_parse(const char *device, int *ret)
 {
-    const struct engine_config *c = &e->config;
-    const struct model_config *m = e->m;
-    size_t rows = (size_t)c->max_rows, block = (size_t)e->block_rows, H = (size_t)m->hidden;
-    size_t threads = (size_t)par_threads(e->par), V = (size_t)m->vocab, at = 0;
-    struct {
-        void *to;
-        size_t n; // values of 4 bytes
-    } list[] = {
-        {&e->x, rows * H},
-        {&e->hidden, rows * H},
-        {&e->draft_hidden, m->n_mtp_layers ? rows * H : 0},
-        {&e->import, (size_t)c->max_imports * H},
-        {&e->logits, (size_t)c->max_logits * V},
-        {&e->draft_logits, m->n_mtp_layers ? (size_t)c->max_logits * V : 0},
-        {&e->slot_page, rows},
-        {&e->slot_row, rows},
-        {&e->seq, rows},
-        {&e->n_ctx, rows},
-        {&e->norm, block * H},
-        {&e->q_a, block * (size_t)m->q_lora_rank},
-        {&e->q, block * (size_t)m->n_heads * MLA_QK},
-        {&e->attention, block * (size_t)m->n_heads * MLA_V},
-        {&e->kv_a, block * KV_WIDTH},
-        {&e->latent, block * MLA_LATENT},
-        {&e->gate, block * (size_t)m->intermediate},
-        {&e->up, block * (size_t)m->intermediate},
-        {&e->router, block * (size_t)m->n_experts},
-        {&e->expert_weight, block * (size_t)m->n_experts_per_token},
-        {&e->expert, block * (size_t)m->n_experts_per_token},
-        {&e->joined, m->n_mtp_layers ? block * 2 * H : 0},
-        {&e->moe_work, (size_t)moe_work_floats((int)block, m->hidden, m->moe_intermediate,
-                                               m->n_experts, m->n_experts_per_token)},
-        {&e->mla_work, threads * (size_t)mla_work_floats(c->max_ctx)},
-        {&e->sample_work, threads * 2 * V},
-    };
-    for (size_t i = 0; i < ARRAY_LEN(list); i++) {
-        if (base) {
-            void *p = base + at;
-            memcpy(list[i].to, &p, sizeof(p));
-        }
-        at += (list[i].n * 4 + ALIGN - 1) / ALIGN * ALIGN;
+    char *end;
+    if (!strcmp(device, "cpu")) {
+        *ret = -1;
+        return ERR_OK;
     }
-    return at;
+    if (!strncmp(device, "cuda:", 5) && device[5] >= '0' && device[5] <= '9') {
+        long n = strtol(device + 5, &end, 10);
+        if (!*end && n < 64) {
+            *ret = (int)n;
+            return ERR_OK;
+        }
+    }
+    return err_set(ERR_INVALID, "device %s: must be cpu or cuda:N", device);
 }
 
 enum err engine_create(const struct engine_config *c, const struct weights *w, struct kv_pool *pool,
@@ -111,172 +31,103 @@ enum err engine_create(const struct engine_config *c, const struct weights *w, s
 {
     const struct model_config *m = &w->config;
     const struct kv_pool_config *p = kv_pool_get_config(pool);
-    if (strcmp(c->device, "cpu") != 0)
-        return err_set(ERR_INVALID, "device %s: this build has only the CPU engine", c->device);
+    int device = -1;
+    TRY(device_parse(c->device, &device));
     if (c->max_rows < 1 || c->max_seqs < 1 || c->max_logits < 1 || c->max_imports < 0 ||
         c->max_ctx < 1)
         return err_set(ERR_INVALID,
                        "an engine for %d rows, %d sequences, %d logits, %d imports, %d tokens",
                        c->max_rows, c->max_seqs, c->max_logits, c->max_imports, c->max_ctx);
-    if (p->kv_width != KV_WIDTH || p->dtype_bytes != sizeof(float) ||
+    uint32_t value_bytes = device < 0 ? 4 : 2;
+    if (p->kv_width != KV_WIDTH || p->dtype_bytes != value_bytes ||
         p->n_layers < (uint32_t)m->n_layers ||
         p->n_layers > (uint32_t)(m->n_layers + m->n_mtp_layers))
         return err_set(ERR_INVALID,
-                       "KV pages of %u layers x %u values x %u bytes, the model needs %d x %d x 4",
-                       p->n_layers, p->kv_width, p->dtype_bytes, m->n_layers, KV_WIDTH);
-    OWNED(engine) e = calloc(1, sizeof(*e));
-    if (!e)
-        return err_set(ERR_NOMEM, "no memory for an engine");
-    e->config = *c;
-    e->config.device = "cpu";
+                       "KV pages of %u layers x %u values x %u bytes, the model needs %d x %d x %u",
+                       p->n_layers, p->kv_width, p->dtype_bytes, m->n_layers, KV_WIDTH,
+                       value_bytes);
+    struct engine base = {
+        .config = *c,
+        .w = w,
+        .m = m,
+        .kv_layers = (int)p->n_layers,
+        .n_pages = (int)p->n_pages,
+    };
     if (!(c->inner_norm_eps > 0))
-        e->config.inner_norm_eps = m->norm_eps;
-    e->w = w;
-    e->m = m;
-    e->kv = kv_pool_base(pool);
-    e->kv_layers = (int)p->n_layers;
-    e->n_pages = (int)p->n_pages;
-    e->block_rows = MIN(c->max_rows, BLOCK_ROWS);
-    e->par = par_create(c->n_threads);
-    if (!e->par)
-        return err_set(ERR_NOMEM, "cannot start %d threads", c->n_threads);
-    size_t bytes = parts(e, NULL);
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        return err_set(ERR_NOMEM, "no memory for %zu bytes of activations", bytes);
-    madvise(memory, bytes, MADV_DONTDUMP); // prompts do not belong in core files
-    e->memory = memory;
-    e->memory_bytes = bytes;
-    parts(e, memory);
-    *ret = take(&e);
-    return ERR_OK;
+        base.config.inner_norm_eps = m->norm_eps;
+    if (device < 0)
+        return engine_cpu_create(&base, pool, ret);
+#ifdef BATON_CUDA
+    return engine_cuda_create(&base, device, pool, ret);
+#else
+    return err_set(ERR_INVALID, "device %s: this build has only the CPU engine", c->device);
+#endif
 }
 
 void engine_destroy(struct engine *e)
 {
-    if (!e)
-        return;
-    par_destroy(e->par);
-    if (e->memory)
-        munmap(e->memory, e->memory_bytes);
-    free(e);
+    if (e)
+        e->ops->destroy(e);
 }
 
 const struct model_config *engine_model(const struct engine *e) { return e->m; }
 
-/* ---- forward --------------------------------------------------------------------------------- */
-
 enum err engine_forward(struct engine *e, const struct batch *b)
 {
     TRY(batch_check(e, b));
-    slots_find(e, b);
-    const int H = e->m->hidden;
-    embed_ref(&(struct embed_args){
-        .table = e->w->embed, .token = b->token, .out = e->x, .T = b->n_rows, .H = H});
-    for (int layer = 0; layer < e->m->n_layers; layer++)
-        layer_run(e, layer, b);
-    rmsnorm_ref(&(struct rmsnorm_args){.x = e->x,
-                                       .w = e->w->norm,
-                                       .y = e->hidden,
-                                       .T = b->n_rows,
-                                       .n = H,
-                                       .x_stride = H,
-                                       .y_stride = H,
-                                       .eps = e->m->norm_eps},
-                e->par);
-    head(e, e->w->head, e->hidden, b, e->logits);
+    TRY(e->ops->forward(e, b));
     e->n_rows = b->n_rows;
     e->n_logits = b->n_logits;
     return ERR_OK;
 }
 
-static const float *hidden_find(const struct engine *e, struct hidden_ref ref)
-{
-    const float *base = ref.source == HIDDEN_MAIN     ? e->hidden
-                        : ref.source == HIDDEN_IMPORT ? e->import
-                                                      : e->draft_hidden;
-    return base + (int64_t)ref.idx * e->m->hidden;
-}
-
-static enum err hidden_check(const struct engine *e, const struct batch *b,
-                             const struct hidden_ref *hidden)
-{
-    for (int r = 0; r < b->n_rows; r++) {
-        int n = hidden[r].source == HIDDEN_MAIN     ? e->n_rows
-                : hidden[r].source == HIDDEN_IMPORT ? e->config.max_imports
-                : hidden[r].source == HIDDEN_DRAFT  ? e->n_draft_rows
-                                                    : 0;
-        if (hidden[r].idx < 0 || hidden[r].idx >= n)
-            return err_set(ERR_INVALID, "row %d wants hidden state %d of source %d, which has %d",
-                           r, hidden[r].idx, hidden[r].source, n);
-    }
-    return ERR_OK;
-}
-
-/* x = eh_proj [enorm(embedding), hnorm(hidden)] for n rows. */
-static void mtp_input(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
-                      int row, int n)
-{
-    const struct mtp_weights *w = &e->w->mtp;
-    const int H = e->m->hidden;
-    struct rmsnorm_args norm = {
-        .x = e->norm, .T = n, .n = H, .x_stride = H, .y_stride = 2 * H, .eps = e->m->norm_eps};
-    embed_ref(&(struct embed_args){
-        .table = w->embed, .token = b->token + row, .out = e->norm, .T = n, .H = H});
-    norm.w = w->enorm;
-    norm.y = e->joined;
-    rmsnorm_ref(&norm, e->par);
-    for (int r = 0; r < n; r++)
-        memcpy(e->norm + (int64_t)r * H, hidden_find(e, hidden[row + r]),
-               sizeof(float) * (size_t)H);
-    norm.w = w->hnorm;
-    norm.y = e->joined + H;
-    rmsnorm_ref(&norm, e->par);
-    gemm_ref(&(struct gemm_args){.x = e->joined,
-                                 .w = w->eh_proj,
-                                 .y = e->x + (int64_t)row * H,
-                                 .T = n,
-                                 .n_in = 2 * H,
-                                 .n_out = H,
-                                 .x_stride = 2 * H,
-                                 .y_stride = H},
-             e->par);
-}
-
 enum err engine_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
                       int32_t *ret_ids)
 {
-    const int H = e->m->hidden, layer = e->m->n_layers;
-    if (e->kv_layers <= layer)
+    if (e->kv_layers <= e->m->n_layers)
         return err_set(ERR_INVALID, "no MTP layer in %s",
                        e->m->n_mtp_layers ? "the KV pages" : "the model");
     TRY(batch_check(e, b));
     TRY(hidden_check(e, b, hidden));
-    slots_find(e, b);
-    for (int r = 0; r < b->n_rows; r += e->block_rows)
-        mtp_input(e, b, hidden, r, MIN(e->block_rows, b->n_rows - r));
-    layer_run(e, layer, b);
-    rmsnorm_ref(&(struct rmsnorm_args){.x = e->x,
-                                       .w = e->w->mtp.head_norm,
-                                       .y = e->draft_hidden,
-                                       .T = b->n_rows,
-                                       .n = H,
-                                       .x_stride = H,
-                                       .y_stride = H,
-                                       .eps = e->m->norm_eps},
-                e->par);
+    TRY(e->ops->draft(e, b, hidden, ret_ids));
     e->n_draft_rows = b->n_rows;
-    e->n_draft_logits = 0;
-    if (!ret_ids)
-        return ERR_OK;
-    head(e, e->w->mtp.head, e->draft_hidden, b, e->draft_logits);
-    e->n_draft_logits = b->n_logits;
-    argmax_ref(&(struct argmax_args){.x = e->draft_logits,
-                                     .idx = ret_ids,
-                                     .T = b->n_logits,
-                                     .n = e->m->vocab,
-                                     .n_valid = e->m->n_token_ids});
+    e->n_draft_logits = ret_ids ? b->n_logits : 0;
     return ERR_OK;
+}
+
+enum err engine_sample(struct engine *e, int n, const int32_t *idx, const struct sample_row *rows,
+                       int max_top, int32_t *ret_ids, float *ret_logprob, int32_t *ret_top_id,
+                       float *ret_top_logprob)
+{
+    if (n > e->config.max_logits)
+        return err_set(ERR_INVALID, "%d draws, the engine makes %d", n, e->config.max_logits);
+    for (int i = 0; i < n; i++)
+        if (idx[i] < 0 || idx[i] >= e->n_logits)
+            return err_set(ERR_INVALID, "logits row %d of %d", idx[i], e->n_logits);
+    return e->ops->sample(e, n, idx, rows, max_top, ret_ids, ret_logprob, ret_top_id,
+                          ret_top_logprob);
+}
+
+enum err engine_export_hidden(struct engine *e, int row, float *ret)
+{
+    if (row < 0 || row >= e->n_rows)
+        return err_set(ERR_INVALID, "hidden row %d of %d", row, e->n_rows);
+    return e->ops->export_hidden(e, row, ret);
+}
+
+enum err engine_import_hidden(struct engine *e, int slot, const float *hidden)
+{
+    if (slot < 0 || slot >= e->config.max_imports)
+        return err_set(ERR_INVALID, "import slot %d of %d", slot, e->config.max_imports);
+    return e->ops->import_hidden(e, slot, hidden);
+}
+
+enum err engine_read_logits(struct engine *e, bool draft, int row, float *ret)
+{
+    int n = draft ? e->n_draft_logits : e->n_logits;
+    if (row < 0 || row >= n)
+        return err_set(ERR_INVALID, "logits row %d of %d", row, n);
+    return e->ops->read_logits(e, draft, row, ret);
 }
 
 static enum err batch_check(const struct engine *e, const struct batch *b)
@@ -319,249 +170,17 @@ static enum err batch_check(const struct engine *e, const struct batch *b)
     return ERR_OK;
 }
 
-/* Where each row's KV goes and how far it sees: itself included. */
-static void slots_find(struct engine *e, const struct batch *b)
+static enum err hidden_check(const struct engine *e, const struct batch *b,
+                             const struct hidden_ref *hidden)
 {
-    for (int s = 0; s < b->n_seqs; s++) {
-        int begin = b->seq_start[s], end = b->seq_start[s + 1];
-        for (int r = begin; r < end; r++) {
-            int slot = b->ctx_len[s] - (end - r);
-            e->slot_page[r] = b->block_table[(int64_t)s * b->max_pages + slot / KV_PAGE_TOKENS];
-            e->slot_row[r] = slot % KV_PAGE_TOKENS;
-            e->seq[r] = s;
-            e->n_ctx[r] = slot + 1;
-        }
+    for (int r = 0; r < b->n_rows; r++) {
+        int n = hidden[r].source == HIDDEN_MAIN     ? e->n_rows
+                : hidden[r].source == HIDDEN_IMPORT ? e->config.max_imports
+                : hidden[r].source == HIDDEN_DRAFT  ? e->n_draft_rows
+                                                    : 0;
+        if (hidden[r].idx < 0 || hidden[r].idx >= n)
+            return err_set(ERR_INVALID, "row %d wants hidden state %d of source %d, which has %d",
+                           r, hidden[r].idx, hidden[r].source, n);
     }
-}
-
-/* ---- one layer ------------------------------------------------------------------------------- */
-
-static void layer_run(struct engine *e, int layer, const struct batch *b)
-{
-    const struct layer_weights *l = &e->w->layers[layer];
-    for (int r = 0; r < b->n_rows; r += e->block_rows) {
-        int n = MIN(e->block_rows, b->n_rows - r);
-        attention(e, layer, b, r, n);
-        if (l->mlp_gate)
-            dense_mlp(e, l, r, n);
-        else
-            moe_mlp(e, l, r, n);
-    }
-}
-
-/* y = x w^T on tightly packed rows. */
-static void product(struct engine *e, const float *x, const bf16_t *w, float *y, int n, int n_in,
-                    int n_out, bool accumulate)
-{
-    gemm_ref(&(struct gemm_args){.x = x,
-                                 .w = w,
-                                 .y = y,
-                                 .T = n,
-                                 .n_in = n_in,
-                                 .n_out = n_out,
-                                 .x_stride = n_in,
-                                 .y_stride = n_out,
-                                 .accumulate = accumulate},
-             e->par);
-}
-
-static void norm_rows(struct engine *e, const float *x, int x_stride, const bf16_t *w, float *y,
-                      int n, int width, float eps)
-{
-    rmsnorm_ref(&(struct rmsnorm_args){.x = x,
-                                       .w = w,
-                                       .y = y,
-                                       .T = n,
-                                       .n = width,
-                                       .x_stride = x_stride,
-                                       .y_stride = width,
-                                       .eps = eps},
-                e->par);
-}
-
-/* x += o_proj MLA(norm(x)); the rows' latents and keys go into the pages first. */
-static void attention(struct engine *e, int layer, const struct batch *b, int row, int n)
-{
-    const struct layer_weights *l = &e->w->layers[layer];
-    const int H = e->m->hidden, heads = e->m->n_heads, rank = e->m->q_lora_rank;
-    const float inner_eps = e->config.inner_norm_eps;
-    float *x = e->x + (int64_t)row * H;
-
-    norm_rows(e, x, H, l->input_norm, e->norm, n, H, e->m->norm_eps);
-    product(e, e->norm, l->q_a, e->q_a, n, H, rank, false);
-    norm_rows(e, e->q_a, rank, l->q_a_norm, e->q_a, n, rank, inner_eps);
-    product(e, e->q_a, l->q_b, e->q, n, rank, heads * MLA_QK, false);
-    product(e, e->norm, l->kv_a, e->kv_a, n, H, KV_WIDTH, false);
-    norm_rows(e, e->kv_a, KV_WIDTH, l->kv_a_norm, e->latent, n, MLA_LATENT, inner_eps);
-
-    struct rope_args rope = {.x = e->q + MLA_NOPE,
-                             .position = b->position + row,
-                             .T = n,
-                             .heads = heads,
-                             .row_stride = heads * MLA_QK,
-                             .head_stride = MLA_QK,
-                             .theta = e->m->rope_theta};
-    rope_ref(&rope);
-    rope.x = e->kv_a + MLA_LATENT; // one key for all heads, not normed
-    rope.heads = 1;
-    rope.row_stride = KV_WIDTH;
-    rope_ref(&rope);
-
-    kv_write_ref(&(struct kv_write_args){.latent = e->latent,
-                                         .rope = e->kv_a + MLA_LATENT,
-                                         .slot_page = e->slot_page + row,
-                                         .slot_row = e->slot_row + row,
-                                         .pool = e->kv,
-                                         .T = n,
-                                         .n_layers = e->kv_layers,
-                                         .layer = layer,
-                                         .rope_stride = KV_WIDTH});
-    mla_ref(&(struct mla_args){.q = e->q,
-                               .kv_b = l->kv_b,
-                               .pool = e->kv,
-                               .block_table = b->block_table,
-                               .seq = e->seq + row,
-                               .n_ctx = e->n_ctx + row,
-                               .out = e->attention,
-                               .work = e->mla_work,
-                               .T = n,
-                               .heads = heads,
-                               .n_layers = e->kv_layers,
-                               .layer = layer,
-                               .max_pages = b->max_pages,
-                               .scale = 1.0f / 16.0f},
-            e->par);
-    product(e, e->attention, l->o, x, n, heads * MLA_V, H, true);
-}
-
-/* x += down(silu(gate norm(x)) * up norm(x)) */
-static void dense_mlp(struct engine *e, const struct layer_weights *l, int row, int n)
-{
-    const int H = e->m->hidden, I = e->m->intermediate;
-    float *x = e->x + (int64_t)row * H;
-    norm_rows(e, x, H, l->post_attention_norm, e->norm, n, H, e->m->norm_eps);
-    product(e, e->norm, l->mlp_gate, e->gate, n, H, I, false);
-    product(e, e->norm, l->mlp_up, e->up, n, H, I, false);
-    swiglu_ref(&(struct swiglu_args){.gate = e->gate, .up = e->up, .n = (int64_t)n * I});
-    product(e, e->gate, l->mlp_down, x, n, I, H, true);
-}
-
-/* x += the chosen experts' and the shared expert's share of norm(x) */
-static void moe_mlp(struct engine *e, const struct layer_weights *l, int row, int n)
-{
-    const struct model_config *m = e->m;
-    const int H = m->hidden;
-    float *x = e->x + (int64_t)row * H;
-    norm_rows(e, x, H, l->post_attention_norm, e->norm, n, H, m->norm_eps);
-    product(e, e->norm, l->router, e->router, n, H, m->n_experts, false);
-    route_ref(&(struct route_args){.logits = e->router,
-                                   .bias = l->router_bias,
-                                   .expert = e->expert,
-                                   .weight = e->expert_weight,
-                                   .T = n,
-                                   .E = m->n_experts,
-                                   .k = m->n_experts_per_token,
-                                   .scale = m->routed_scale});
-    moe_ref(&(struct moe_args){.x = e->norm,
-                               .gate = l->expert_gate,
-                               .up = l->expert_up,
-                               .down = l->expert_down,
-                               .shared_gate = l->shared_gate,
-                               .shared_up = l->shared_up,
-                               .shared_down = l->shared_down,
-                               .expert = e->expert,
-                               .weight = e->expert_weight,
-                               .y = x,
-                               .work = e->moe_work,
-                               .T = n,
-                               .H = H,
-                               .F = m->moe_intermediate,
-                               .E = m->n_experts,
-                               .k = m->n_experts_per_token},
-            e->par);
-}
-
-/* Logits of the wanted rows, packed together first. */
-static void head(struct engine *e, const bf16_t *weights, const float *hidden,
-                 const struct batch *b, float *logits)
-{
-    const int H = e->m->hidden, V = e->m->vocab;
-    for (int i = 0; i < b->n_logits; i += e->block_rows) {
-        int n = MIN(e->block_rows, b->n_logits - i);
-        for (int k = 0; k < n; k++)
-            memcpy(e->norm + (int64_t)k * H, hidden + (int64_t)b->logit_row[i + k] * H,
-                   sizeof(float) * (size_t)H);
-        product(e, e->norm, weights, logits + (int64_t)i * V, n, H, V, false);
-    }
-}
-
-/* ---- draws and copies ------------------------------------------------------------------------ */
-
-struct draws {
-    const int32_t *idx;
-    struct sample_args args; // of all rows; T unused
-};
-
-static void draw_items(void *arg, int64_t begin, int64_t end)
-{
-    const struct draws *d = arg;
-    for (int64_t i = begin; i < end; i++) {
-        struct sample_args a = d->args;
-        a.logits += (int64_t)d->idx[i] * a.V;
-        a.rows += i;
-        a.id += i;
-        a.logprob = a.logprob ? a.logprob + i : NULL;
-        a.top_id = a.top_id ? a.top_id + i * a.max_top : NULL;
-        a.top_logprob = a.top_logprob ? a.top_logprob + i * a.max_top : NULL;
-        a.T = 1;
-        sample_ref(&a, NULL);
-    }
-}
-
-enum err engine_sample(struct engine *e, int n, const int32_t *idx, const struct sample_row *rows,
-                       int max_top, int32_t *ret_ids, float *ret_logprob, int32_t *ret_top_id,
-                       float *ret_top_logprob)
-{
-    for (int i = 0; i < n; i++)
-        if (idx[i] < 0 || idx[i] >= e->n_logits)
-            return err_set(ERR_INVALID, "logits row %d of %d", idx[i], e->n_logits);
-    struct draws d = {.idx = idx,
-                      .args = {.logits = e->logits,
-                               .rows = rows,
-                               .id = ret_ids,
-                               .logprob = ret_logprob,
-                               .top_id = ret_top_id,
-                               .top_logprob = ret_top_logprob,
-                               .work = e->sample_work,
-                               .V = e->m->vocab,
-                               .n_valid = e->m->n_token_ids,
-                               .max_top = max_top}};
-    par_for(e->par, n, 1, draw_items, &d);
-    return ERR_OK;
-}
-
-enum err engine_export_hidden(struct engine *e, int row, float *ret)
-{
-    if (row < 0 || row >= e->n_rows)
-        return err_set(ERR_INVALID, "hidden row %d of %d", row, e->n_rows);
-    memcpy(ret, e->hidden + (int64_t)row * e->m->hidden, sizeof(float) * (size_t)e->m->hidden);
-    return ERR_OK;
-}
-
-enum err engine_import_hidden(struct engine *e, int slot, const float *hidden)
-{
-    if (slot < 0 || slot >= e->config.max_imports)
-        return err_set(ERR_INVALID, "import slot %d of %d", slot, e->config.max_imports);
-    memcpy(e->import + (int64_t)slot * e->m->hidden, hidden, sizeof(float) * (size_t)e->m->hidden);
-    return ERR_OK;
-}
-
-enum err engine_read_logits(struct engine *e, bool draft, int row, float *ret)
-{
-    int n = draft ? e->n_draft_logits : e->n_logits;
-    if (row < 0 || row >= n)
-        return err_set(ERR_INVALID, "logits row %d of %d", row, n);
-    memcpy(ret, (draft ? e->draft_logits : e->logits) + (int64_t)row * e->m->vocab,
-           sizeof(float) * (size_t)e->m->vocab);
     return ERR_OK;
 }

@@ -21,14 +21,16 @@
 struct engine;
 
 struct engine_config {
-    const char *device;   /* "cpu" */
-    int n_threads;        /* 0 = one per core */
-    int max_rows;         /* largest batch, in rows */
-    int max_seqs;         /* largest batch, in sequences */
-    int max_logits;       /* most rows whose logits are wanted at once */
-    int max_imports;      /* slots for imported hidden rows */
-    int max_ctx;          /* longest sequence in tokens */
-    float inner_norm_eps; /* 0 = norm_eps */
+    const char *device;           /* "cpu" */
+    int n_threads;                /* 0 = one per core */
+    int max_rows;                 /* largest batch, in rows */
+    int max_seqs;                 /* largest batch, in sequences */
+    int max_logits;               /* most rows whose logits are wanted at once */
+    int max_imports;              /* slots for imported hidden rows */
+    int max_ctx;                  /* longest sequence in tokens */
+    float inner_norm_eps;         /* 0 = norm_eps */
+    void (*progress)(void *user); /* called between layers on the caller's thread, or NULL */
+    void *progress_user;
 };
 
 /* All arrays are host memory, valid during the call. */

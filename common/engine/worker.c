@@ -563,9 +563,9 @@ int worker_run(struct worker *w, void (*engine)(void *arg), void *arg)
     wire_buf_finish(&buf);
     // A stuck engine never reads MAIL_STOP; the process has to end all the same.
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += STOP_S;
-    if (pthread_timedjoin_np(w->engine_thread, NULL, &until) != 0) {
+    if (pthread_clockjoin_np(w->engine_thread, NULL, CLOCK_MONOTONIC, &until) != 0) {
         log_error("worker", "the engine does not stop, leaving without it");
         _exit(w->exit_code ? w->exit_code : 1);
     }
@@ -622,6 +622,8 @@ void worker_progress(struct worker *w, bool busy)
     atomic_fetch_add(&w->progress, 1);
     atomic_store(&w->busy, busy);
 }
+
+void worker_computing(void *worker) { worker_progress(worker, true); }
 
 void worker_set_beat(struct worker *w, const struct wire_beat *beat)
 {

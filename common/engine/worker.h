@@ -81,6 +81,8 @@ void worker_peer_disconnect(struct worker *w, uint64_t peer);
 /* Called once per turn of the engine's loop: the router takes a worker that is busy without a
  * growing count for stuck. */
 void worker_progress(struct worker *w, bool busy);
+/* The same from inside a long computation: an engine_config's progress. */
+void worker_computing(void *worker);
 /* Copies the beat's other fields (progress and busy are kept by worker_progress). */
 void worker_set_beat(struct worker *w, const struct wire_beat *beat);
 /* Answers MAIL_ADMIN; takes over the reference. */

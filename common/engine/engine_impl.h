@@ -1,0 +1,48 @@
+/* engine_impl.h: between engine.c, which checks, and the engines, which compute. Private to both.
+ *
+ * engine.c validates every call against the configuration and the last forward; an engine's
+ * operations are only called with arguments that fit.
+ */
+#ifndef BATON_ENGINE_IMPL_H
+#define BATON_ENGINE_IMPL_H
+
+#include "common/engine/engine.h"
+
+struct engine_ops {
+    void (*destroy)(struct engine *e); /* also of a half-built one */
+    enum err (*forward)(struct engine *e, const struct batch *b);
+    enum err (*draft)(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
+                      int32_t *ret_ids);
+    enum err (*sample)(struct engine *e, int n, const int32_t *idx, const struct sample_row *rows,
+                       int max_top, int32_t *ret_ids, float *ret_logprob, int32_t *ret_top_id,
+                       float *ret_top_logprob);
+    enum err (*export_hidden)(struct engine *e, int row, float *ret);
+    enum err (*import_hidden)(struct engine *e, int slot, const float *hidden);
+    enum err (*read_logits)(struct engine *e, bool draft, int row, float *ret);
+};
+
+/* What every engine begins with. */
+struct engine {
+    const struct engine_ops *ops;
+    struct engine_config config; /* inner_norm_eps resolved */
+    const struct weights *w;
+    const struct model_config *m;
+    int kv_layers, n_pages;
+    int n_rows, n_draft_rows;     /* of the last forward and draft */
+    int n_logits, n_draft_logits; /* likewise */
+};
+
+/* Both copy base, set ops and take their memory. */
+MUST_CHECK enum err engine_cpu_create(const struct engine *base, struct kv_pool *pool,
+                                      struct engine **ret);
+MUST_CHECK enum err engine_cuda_create(const struct engine *base, int device, struct kv_pool *pool,
+                                       struct engine **ret);
+
+/* Called between layers. */
+static inline void engine_progress(const struct engine *e)
+{
+    if (e->config.progress)
+        e->config.progress(e->config.progress_user);
+}
+
+#endif
