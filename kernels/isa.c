@@ -39,13 +39,10 @@ static bool runs_v4(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
 }
 #endif
-static bool runs_base(void)
-{
-    return true;
-}
+static bool runs_base(void) { return true; }
 
 static const struct build builds[] = {
-    // best first
+// best first
 #ifdef BATON_HAVE_V4
     {"v4", runs_v4,
 #define X(type, name, params, args) name##_v4,
@@ -92,9 +89,6 @@ bool isa_use(const char *name)
 }
 
 #define X(type, name, params, args)                                                                \
-    type name params                                                                               \
-    {                                                                                              \
-        return build_get()->name args;                                                             \
-    }
+    type name params { return build_get()->name args; }
 ISA_TABLE(X)
 #undef X

@@ -9,6 +9,7 @@
  * Shapes are row-major. Weights are bf16 as in the checkpoint (uint16_t holds the bits),
  * activations and KV pages fp32 in the references. T rows of tokens, H hidden size, V vocabulary.
  * References split work over `par` (NULL = the calling thread) and allocate nothing.
+ * They are compiled once per instruction set (isa.h); builds with FMA agree bit for bit.
  */
 #ifndef BATON_KERNELS_H
 #define BATON_KERNELS_H

@@ -75,7 +75,10 @@ enum err kv_pool_create(const struct kv_pool_config *c, struct kv_pool **ret)
         TRY(shm_claim(name, &p->shm_fd));
         p->config.shm_name = p->shm_name = take(&name);
     }
-    TRY(memory_map(p));
+    if (c->device_memory)
+        p->memory = c->device_memory;
+    else
+        TRY(memory_map(p));
 
     p->first_free = NO_PAGE;
     for (uint32_t i = c->n_pages; i-- > 0;) { // so that page 0 is taken first
@@ -91,7 +94,7 @@ void kv_pool_destroy(struct kv_pool *p)
 {
     if (!p)
         return;
-    if (p->memory)
+    if (p->memory && !p->config.device_memory)
         munmap(p->memory, p->memory_bytes);
     if (p->shm_name)
         shm_unlink(p->shm_name);

@@ -29,8 +29,8 @@ struct kv_pool_config {
     uint32_t n_layers;    /* decoder and MTP layers */
     uint32_t kv_width;    /* values per token and layer: 576 */
     uint32_t dtype_bytes; /* 4: fp32 on the CPU; 2: bf16 on the GPU */
-    const char
-        *shm_name; /* "/name": memory that another process may map (read-only); NULL: private */
+    const char *shm_name; /* "/name": another process may map it read-only; NULL: private */
+    void *device_memory;  /* GPU memory for the pages, the caller's; NULL: host memory */
 };
 
 struct kv_counts {

@@ -44,7 +44,7 @@ enum err setup_process(enum config_proc proc, const char *default_name, int argc
 enum err setup_model(const struct config *c, struct weights **ret, struct setup *ret_setup)
 {
     if (strncmp(c->device, "cpu", 3) != 0)
-        return err_set(ERR_INVALID, "--device %s: this build has only the CPU engine", c->device);
+        return err_set(ERR_INVALID, "--device %s: the workers run on the CPU so far", c->device);
     if (!c->model_dir[0])
         return err_set(ERR_INVALID, "--model-dir is missing");
     if (c->mtp_draft_model_dir[0] && strcmp(c->mtp_draft_model_dir, c->model_dir) != 0)

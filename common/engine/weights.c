@@ -112,10 +112,11 @@ static void plan_layer(struct plan *p, const struct model_config *c, int layer,
     int64_t H = c->hidden, F = c->moe_intermediate, heads = c->n_heads;
     NORM(l->input_norm, H, "%s.input_layernorm.weight", at);
     NORM(l->post_attention_norm, H, "%s.post_attention_layernorm.weight", at);
+    // One product on the GPU: [q_a | kv_a].
     MATRIX(l->q_a, c->q_lora_rank, H, "%s.self_attn.q_a_proj.weight", at);
+    MATRIX(l->kv_a, KV_WIDTH, H, "%s.self_attn.kv_a_proj_with_mqa.weight", at);
     NORM(l->q_a_norm, c->q_lora_rank, "%s.self_attn.q_a_layernorm.weight", at);
     MATRIX(l->q_b, heads * MLA_QK, c->q_lora_rank, "%s.self_attn.q_b_proj.weight", at);
-    MATRIX(l->kv_a, KV_WIDTH, H, "%s.self_attn.kv_a_proj_with_mqa.weight", at);
     NORM(l->kv_a_norm, MLA_LATENT, "%s.self_attn.kv_a_layernorm.weight", at);
     MATRIX(l->kv_b, heads * (MLA_NOPE + MLA_V), MLA_LATENT, "%s.self_attn.kv_b_proj.weight", at);
     MATRIX(l->o, H, heads * MLA_V, "%s.self_attn.o_proj.weight", at);
@@ -128,11 +129,12 @@ static void plan_layer(struct plan *p, const struct model_config *c, int layer,
     MATRIX(l->router, c->n_experts, H, "%s.mlp.gate.weight", at);
     plan_add(p, (const void **)&l->router_bias, ST_F32, false, c->n_experts, 0,
              "%s.mlp.gate.e_score_correction_bias", at);
+    // The shared expert follows the routed ones: the GPU takes it for expert number n_experts.
     plan_experts(p, &l->expert_gate, c->n_experts, F, H, layer, "gate");
-    plan_experts(p, &l->expert_up, c->n_experts, F, H, layer, "up");
-    plan_experts(p, &l->expert_down, c->n_experts, H, F, layer, "down");
     MATRIX(l->shared_gate, F, H, "%s.mlp.shared_experts.gate_proj.weight", at);
+    plan_experts(p, &l->expert_up, c->n_experts, F, H, layer, "up");
     MATRIX(l->shared_up, F, H, "%s.mlp.shared_experts.up_proj.weight", at);
+    plan_experts(p, &l->expert_down, c->n_experts, H, F, layer, "down");
     MATRIX(l->shared_down, H, F, "%s.mlp.shared_experts.down_proj.weight", at);
 }
 

@@ -19,14 +19,8 @@ static inline uint32_t data_u32(void)
     data_seed = data_seed * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(data_seed >> 33) << 1 ^ (uint32_t)(data_seed >> 40);
 }
-static inline int data_below(int n)
-{
-    return (int)(data_u32() % (uint32_t)n);
-}
-static inline float data_float(void)
-{
-    return (float)(int32_t)data_u32() * 0x1p-31f;
-} // [-1, 1)
+static inline int data_below(int n) { return (int)(data_u32() % (uint32_t)n); }
+static inline float data_float(void) { return (float)(int32_t)data_u32() * 0x1p-31f; } // [-1, 1)
 
 static inline void *data_alloc(int64_t n, size_t size)
 {

@@ -101,10 +101,7 @@ static void avx2_and_avx512_agree(void)
     free(w);
 }
 
-static void all_builds(void)
-{
-    data_each_isa(awkward_shapes);
-}
+static void all_builds(void) { data_each_isa(awkward_shapes); }
 
 int main(void)
 {

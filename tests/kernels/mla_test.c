@@ -189,10 +189,7 @@ static void each(void)
     company_does_not_matter();
 }
 
-static void all_builds(void)
-{
-    data_each_isa(each);
-}
+static void all_builds(void) { data_each_isa(each); }
 
 int main(void)
 {

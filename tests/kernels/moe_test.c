@@ -149,10 +149,7 @@ static void each(void)
     setup_free(&s);
 }
 
-static void all_builds(void)
-{
-    data_each_isa(each);
-}
+static void all_builds(void) { data_each_isa(each); }
 
 int main(void)
 {

@@ -262,10 +262,7 @@ static void each(void)
     argmax_takes_the_first_best();
 }
 
-static void all_builds(void)
-{
-    data_each_isa(each);
-}
+static void all_builds(void) { data_each_isa(each); }
 
 int main(void)
 {

@@ -1,0 +1,739 @@
+/* engine_cuda.c: the forward pass on one Hopper GPU.
+ *
+ * The same batch, the same order of operations as engine_cpu.c, on bf16 activations. Matrix
+ * products are cuBLAS's (fp32 accumulation); experts, attention and the small operations are
+ * kernels/cuda.h. Attention has two forms: rows of a decode step read the pages as they are
+ * (absorbed form, one tile per sequence); long ragged prompts expand keys and values first.
+ *
+ *   residual, norm -> [q_a | kv_a] -> norms, RoPE, page write -> q_b -> MLA -> o_proj
+ *        -> add + norm -> router, experts -> reduce + add + next norm
+ *
+ * What a call needs from the host goes over in one copy from pinned memory.
+ */
+#include "common/engine/engine_impl.h"
+
+#include <cublas_v2.h>
+#include <cuda_runtime_api.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/own.h"
+#include "kernels/cuda.h"
+
+#define ALIGN 256
+#define ROWS_AS_DECODE                                                                             \
+    1024                   /* ragged batches up to here use the decode kernel, a row a sequence    \
+                            */
+#define MAX_EXPANDED 65536 /* KV slots expanded at once */
+#define WORKSPACE    (32u << 20)
+
+struct engine_cuda {
+    struct engine base;
+    int device;
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    cu_bf16 *pool;
+    int max_pages; // of one sequence
+    struct par *par;
+
+    char *arena; // copy of the weights
+    char *memory;
+    size_t memory_bytes;
+    /* rows */
+    float *residual, *delta;                 // [R, H]
+    cu_bf16 *norm;                           // [R, H]
+    cu_bf16 *hidden, *draft_hidden, *import; // [R, H], [R, H], [imports, H]
+    cu_bf16 *qkv, *q_a, *q, *absorbed;       // [R, lora + 576], [R, lora], [R, h, 256], [R, h, 576]
+    cu_bf16 *latent_out, *attention;         // [R, h, 512], [R, h, 256]
+    cu_bf16 *gate_up, *mlp;                  // [R, 2I], [R, I]
+    cu_bf16 *expert_h, *expert_y;            // [R(k+1), F], [R(k+1), H]
+    cu_bf16 *joined;                         // [R, 2H]
+    cu_bf16 *logit_rows;                     // [max_logits, H]
+    cu_bf16 *kv_latent, *kv_k, *kv_v;        // [expanded, 512], [expanded, h, 256] twice
+    float *logits, *draft_logits, *router_weight;
+    int32_t *slot_token, *token_slot, *expert_start, *ids;
+    int32_t *route_work, *moe_work;
+    void *blas_work, *mla_work;
+    int n_expanded;
+    /* what a batch brings from the host, one block: see batch_upload */
+    int32_t *host, *dev;
+    int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *row_table,
+        *row_ctx, *q_start, *kv_start, *source, *idx;
+    float *host_logits; // pinned, [max_logits, V]
+};
+
+static struct engine_cuda *of(struct engine *e) { return (struct engine_cuda *)e; }
+
+#define CUDA(call)                                                                                 \
+    do {                                                                                           \
+        cudaError_t cuda_ = (call);                                                                \
+        if (cuda_ != cudaSuccess)                                                                  \
+            return err_set(ERR_CUDA, "%s: %s", #call, cudaGetErrorString(cuda_));                  \
+    } while (0)
+#define BLAS(call)                                                                                 \
+    do {                                                                                           \
+        cublasStatus_t blas_ = (call);                                                             \
+        if (blas_ != CUBLAS_STATUS_SUCCESS)                                                        \
+            return err_set(ERR_CUDA, "%s: %s", #call, cublasGetStatusString(blas_));               \
+    } while (0)
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+/* Cuts base into the engine's arrays (base NULL: only adds up). Returns the bytes. */
+static size_t parts(struct engine_cuda *c, char *base)
+{
+    const struct model_config *m = c->base.m;
+    const struct engine_config *g = &c->base.config;
+    size_t R = (size_t)g->max_rows, H = (size_t)m->hidden, V = (size_t)m->vocab, at = 0;
+    size_t heads = (size_t)m->n_heads, E = (size_t)m->n_experts, k = (size_t)m->n_experts_per_token;
+    size_t F = (size_t)m->moe_intermediate, I = (size_t)m->intermediate;
+    size_t slots = R * (k + 1), X = (size_t)c->n_expanded, L = (size_t)g->max_logits;
+    int rows_as_seqs = MAX(g->max_seqs, MIN(g->max_rows, ROWS_AS_DECODE));
+    const struct {
+        void *to;
+        size_t bytes;
+    } list[] = {
+        {&c->residual, R * H * 4},
+        {&c->norm, R * H * 2},
+        {&c->delta, R * H * 4},
+        {&c->hidden, R * H * 2},
+        {&c->draft_hidden, R * H * 2},
+        {&c->import, (size_t)g->max_imports * H * 2},
+        {&c->qkv, R * ((size_t)m->q_lora_rank + KV_WIDTH) * 2},
+        {&c->q_a, R * (size_t)m->q_lora_rank * 2},
+        {&c->q, R * heads * MLA_QK * 2},
+        {&c->absorbed, R * heads * KV_WIDTH * 2},
+        {&c->latent_out, R * heads * MLA_LATENT * 2},
+        {&c->attention, R * heads * MLA_V * 2},
+        {&c->gate_up, R * 2 * I * 2},
+        {&c->mlp, R * I * 2},
+        {&c->expert_h, slots * F * 2},
+        {&c->expert_y, slots * H * 2},
+        {&c->joined, R * 2 * H * 2},
+        {&c->logit_rows, L * H * 2},
+        {&c->kv_latent, X * MLA_LATENT * 2},
+        {&c->kv_k, X * heads * MLA_QK * 2},
+        {&c->kv_v, X * heads * MLA_V * 2},
+        {&c->logits, L * V * 4},
+        {&c->draft_logits, L * V * 4},
+        {&c->router_weight, slots * 4},
+        {&c->slot_token, slots * 4},
+        {&c->token_slot, slots * 4},
+        {&c->expert_start, (E + 2) * 4},
+        {&c->ids, L * 4},
+        {&c->route_work, cu_route_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
+        {&c->moe_work, cu_moe_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
+        {&c->blas_work, WORKSPACE},
+        {&c->mla_work, cu_mla_decode_work_bytes(rows_as_seqs, 8, m->n_heads, g->max_ctx)},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(list); i++) {
+        if (base) {
+            void *p = base + at;
+            memcpy(list[i].to, &p, sizeof(p));
+        }
+        at += (list[i].bytes + ALIGN - 1) / ALIGN * ALIGN;
+    }
+    return at;
+}
+
+/* Arrays of the host block; the device block has the same layout. */
+static size_t host_parts(struct engine_cuda *c, int32_t *base)
+{
+    const struct engine_config *g = &c->base.config;
+    size_t R = (size_t)g->max_rows, S = (size_t)g->max_seqs, at = 0;
+    size_t D = MIN(R, (size_t)ROWS_AS_DECODE), P = (size_t)c->max_pages;
+    const struct {
+        int32_t **to;
+        size_t n;
+    } list[] = {
+        {&c->token, R},
+        {&c->position, R},
+        {&c->slot_page, R},
+        {&c->slot_row, R},
+        {&c->logit_row, (size_t)g->max_logits},
+        {&c->block_table, S * P},
+        {&c->n_ctx, S},
+        {&c->row_table, D * P},
+        {&c->row_ctx, D},
+        {&c->q_start, 2 * S + 1},
+        {&c->kv_start, 2 * S + 1},
+        {&c->source, R},
+        {&c->idx, R},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(list); i++) {
+        if (base)
+            *list[i].to = base + at;
+        at += (list[i].n + 63) / 64 * 64;
+    }
+    return at;
+}
+
+static int32_t *on_device(const struct engine_cuda *c, const int32_t *host)
+{
+    return c->dev + (host - c->host);
+}
+
+/* A weight's place in the device's copy of the arena. */
+static const cu_bf16 *weight(const struct engine_cuda *c, const void *host)
+{
+    return (const cu_bf16 *)(c->arena + ((const char *)host - (const char *)c->base.w->arena));
+}
+
+static void cuda_destroy(struct engine *e)
+{
+    struct engine_cuda *c = of(e);
+    if (c->stream)
+        cudaStreamSynchronize(c->stream);
+    if (c->blas)
+        cublasDestroy(c->blas);
+    cudaFree(c->arena);
+    cudaFree(c->memory);
+    cudaFree(c->dev);
+    cudaFreeHost(c->host);
+    cudaFreeHost(c->host_logits);
+    if (c->stream)
+        cudaStreamDestroy(c->stream);
+    par_destroy(c->par);
+    free(c);
+}
+
+static enum err take_memory(struct engine_cuda *c)
+{
+    const struct weights *w = c->base.w;
+    const struct engine_config *g = &c->base.config;
+    size_t need = w->arena_bytes + parts(c, NULL), host_bytes = host_parts(c, NULL) * 4;
+    size_t have = 0, total = 0;
+    CUDA(cudaMemGetInfo(&have, &total));
+    if (need + host_bytes > have)
+        return err_set(ERR_NOMEM, "the engine needs %zu MiB of device memory, %zu MiB are free",
+                       need >> 20, have >> 20);
+    CUDA(cudaMalloc((void **)&c->arena, w->arena_bytes));
+    CUDA(cudaMemcpy(c->arena, w->arena, w->arena_bytes, cudaMemcpyHostToDevice));
+    c->memory_bytes = parts(c, NULL);
+    CUDA(cudaMalloc((void **)&c->memory, c->memory_bytes));
+    parts(c, c->memory);
+    CUDA(cudaMemset(
+        c->moe_work, 0,
+        cu_moe_work_bytes(g->max_rows, c->base.m->n_experts, c->base.m->n_experts_per_token)));
+    CUDA(cudaMemset(
+        c->route_work, 0,
+        cu_route_work_bytes(g->max_rows, c->base.m->n_experts, c->base.m->n_experts_per_token)));
+    int rows_as_seqs = MAX(g->max_seqs, MIN(g->max_rows, ROWS_AS_DECODE));
+    CUDA(cudaMemset(c->mla_work, 0,
+                    cu_mla_decode_work_bytes(rows_as_seqs, 8, c->base.m->n_heads, g->max_ctx)));
+    CUDA(cudaMallocHost((void **)&c->host, host_bytes));
+    CUDA(cudaMalloc((void **)&c->dev, host_bytes));
+    host_parts(c, c->host);
+    CUDA(cudaMallocHost((void **)&c->host_logits,
+                        (size_t)g->max_logits * (size_t)c->base.m->vocab * sizeof(float)));
+    CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    BLAS(cublasCreate(&c->blas));
+    BLAS(cublasSetStream(c->blas, c->stream));
+    BLAS(cublasSetWorkspace(c->blas, c->blas_work, WORKSPACE));
+    return ERR_OK;
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
+/* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T, rows packed; y bf16, or fp32 for logits. */
+static enum err product(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, void *y, int T,
+                        int n_in, int n_out, cudaDataType_t type)
+{
+    const float one = 1, zero = 0;
+    if (T == 0)
+        return ERR_OK;
+    BLAS(cublasGemmEx(c->blas, CUBLAS_OP_T, CUBLAS_OP_N, n_out, T, n_in, &one, w, CUDA_R_16BF, n_in,
+                      x, CUDA_R_16BF, n_in, &zero, y, type, n_out, CUBLAS_COMPUTE_32F,
+                      CUBLAS_GEMM_DEFAULT));
+    return ERR_OK;
+}
+
+/* Per head h: y[t, h, 0..n_out) = x[t, h, 0..n_in) times w[h], which is [n_out, n_in] (turned) or
+ * [n_in, n_out]. Strides in values. x_head 0: all heads share x. */
+static enum err head_product(struct engine_cuda *c, const cu_bf16 *x, int x_row, int x_head,
+                             const cu_bf16 *w, bool turned, cu_bf16 *y, int y_row, int y_head,
+                             int T, int n_in, int n_out)
+{
+    const float one = 1, zero = 0;
+    if (T == 0)
+        return ERR_OK;
+    BLAS(cublasGemmStridedBatchedEx(c->blas, turned ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, n_out,
+                                    T, n_in, &one, w, CUDA_R_16BF, turned ? n_in : n_out,
+                                    (MLA_NOPE + MLA_V) * MLA_LATENT, x, CUDA_R_16BF, x_row, x_head,
+                                    &zero, y, CUDA_R_16BF, y_row, y_head, c->base.m->n_heads,
+                                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    return ERR_OK;
+}
+
+/* ---- a batch --------------------------------------------------------------------------------- */
+
+enum attention_form { FORM_DECODE, FORM_ROWS, FORM_EXPANDED };
+
+struct plan {
+    enum attention_form form;
+    int q_rows;  // FORM_DECODE: of every sequence
+    int max_ctx; // longest
+};
+
+/* How this batch's attention runs, and the arrays it needs, into the host block. */
+static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
+                             const struct hidden_ref *hidden, struct plan *ret)
+{
+    struct plan p = {.form = FORM_DECODE, .q_rows = b->n_seqs ? b->seq_start[1] : 0};
+    size_t n = sizeof(int32_t) * (size_t)b->n_rows;
+    memcpy(c->token, b->token, n);
+    memcpy(c->position, b->position, n);
+    memcpy(c->logit_row, b->logit_row, sizeof(int32_t) * (size_t)b->n_logits);
+    for (int r = 0; hidden && r < b->n_rows; r++) {
+        c->source[r] = hidden[r].source;
+        c->idx[r] = hidden[r].idx;
+    }
+    for (int s = 0; s < b->n_seqs; s++) {
+        int first = b->seq_start[s], rows = b->seq_start[s + 1] - first;
+        const int32_t *table = b->block_table + (int64_t)s * b->max_pages;
+        int pages = (b->ctx_len[s] + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+        p.max_ctx = MAX(p.max_ctx, b->ctx_len[s]);
+        if (rows != p.q_rows)
+            p.form = FORM_ROWS;
+        memcpy(c->block_table + (int64_t)s * c->max_pages, table, sizeof(int32_t) * (size_t)pages);
+        c->n_ctx[s] = b->ctx_len[s];
+        for (int i = 0; i < rows; i++) {
+            int slot = b->ctx_len[s] - rows + i;
+            c->slot_page[first + i] = table[slot / KV_PAGE_TOKENS];
+            c->slot_row[first + i] = slot % KV_PAGE_TOKENS;
+        }
+    }
+    if (p.q_rows > 8)
+        p.form = FORM_ROWS;
+    if (p.form == FORM_ROWS && (b->n_rows > ROWS_AS_DECODE || b->n_rows >= 16 * b->n_seqs) &&
+        p.max_ctx <= c->n_expanded)
+        p.form = FORM_EXPANDED;
+    if (p.form == FORM_ROWS && b->n_rows > ROWS_AS_DECODE)
+        return err_set(ERR_INVALID, "a batch of %d rows over %d slots is not supported on the GPU",
+                       b->n_rows, p.max_ctx);
+    if (p.form == FORM_ROWS)
+        for (int s = 0; s < b->n_seqs; s++)
+            for (int r = b->seq_start[s]; r < b->seq_start[s + 1]; r++) {
+                c->row_ctx[r] = b->ctx_len[s] - (b->seq_start[s + 1] - 1 - r);
+                memcpy(c->row_table + (int64_t)r * c->max_pages,
+                       c->block_table + (int64_t)s * c->max_pages,
+                       sizeof(int32_t) * (size_t)c->max_pages);
+            }
+    CUDA(cudaMemcpyAsync(c->dev, c->host, host_parts(c, NULL) * 4, cudaMemcpyHostToDevice,
+                         c->stream));
+    *ret = p;
+    return ERR_OK;
+}
+
+/* Expanded attention, several sequences at a time as far as the scratch holds their slots. */
+static enum err attention_expanded(struct engine_cuda *c, const struct batch *b, int layer)
+{
+    const struct model_config *m = c->base.m;
+    const struct layer_weights *l = &c->base.w->layers[layer];
+    const cu_bf16 *kv_b = weight(c, l->kv_b);
+    int heads = m->n_heads, wide = heads * MLA_QK;
+    for (int s = 0; s < b->n_seqs;) {
+        int n = 0, slots = 0, max_q = 0;
+        int32_t *q_start = c->q_start + 2 * s, *kv_start = c->kv_start + 2 * s;
+        q_start[0] = kv_start[0] = 0;
+        while (s + n < b->n_seqs && slots + b->ctx_len[s + n] <= c->n_expanded) {
+            slots += b->ctx_len[s + n];
+            max_q = MAX(max_q, b->seq_start[s + n + 1] - b->seq_start[s + n]);
+            n++;
+            q_start[n] = b->seq_start[s + n] - b->seq_start[s];
+            kv_start[n] = slots;
+        }
+        size_t bytes = sizeof(int32_t) * (size_t)(n + 1);
+        CUDA(cudaMemcpyAsync(on_device(c, q_start), q_start, bytes, cudaMemcpyHostToDevice,
+                             c->stream));
+        CUDA(cudaMemcpyAsync(on_device(c, kv_start), kv_start, bytes, cudaMemcpyHostToDevice,
+                             c->stream));
+        struct cu_gather_kv_args g = {
+            .pool = c->pool,
+            .block_table = on_device(c, c->block_table + (int64_t)s * c->max_pages),
+            .kv_start = on_device(c, kv_start),
+            .latent = c->kv_latent,
+            .k = c->kv_k,
+            .S = n,
+            .T_kv = slots,
+            .heads = heads,
+            .max_pages = c->max_pages,
+            .n_layers = c->base.kv_layers,
+            .layer = layer,
+        };
+        CUDA(cu_gather_kv(&g, c->stream));
+        TRY(head_product(c, c->kv_latent, MLA_LATENT, 0, kv_b, true, c->kv_k, wide, MLA_QK, slots,
+                         MLA_LATENT, MLA_NOPE));
+        TRY(head_product(c, c->kv_latent, MLA_LATENT, 0, kv_b + MLA_NOPE * MLA_LATENT, true,
+                         c->kv_v, heads * MLA_V, MLA_V, slots, MLA_LATENT, MLA_V));
+        struct cu_mla_prefill_args a = {
+            .q = c->q + (int64_t)b->seq_start[s] * wide,
+            .k = c->kv_k,
+            .v = c->kv_v,
+            .q_start = on_device(c, q_start),
+            .kv_start = on_device(c, kv_start),
+            .out = c->attention + (int64_t)b->seq_start[s] * heads * MLA_V,
+            .S = n,
+            .T = b->seq_start[s + n] - b->seq_start[s],
+            .heads = heads,
+            .max_q = max_q,
+            .scale = 1.f / 16,
+        };
+        CUDA(cu_mla_prefill(&a, c->stream));
+        s += n;
+    }
+    return ERR_OK;
+}
+
+static enum err attention_absorbed(struct engine_cuda *c, const struct batch *b,
+                                   const struct plan *p, int layer)
+{
+    const struct layer_weights *l = &c->base.w->layers[layer];
+    const cu_bf16 *kv_b = weight(c, l->kv_b);
+    int heads = c->base.m->n_heads, T = b->n_rows;
+    bool rows = p->form == FORM_ROWS;
+    TRY(head_product(c, c->q, heads * MLA_QK, MLA_QK, kv_b, false, c->absorbed, heads * KV_WIDTH,
+                     KV_WIDTH, T, MLA_NOPE, MLA_LATENT));
+    struct cu_mla_decode_args a = {
+        .q = c->absorbed,
+        .pool = c->pool,
+        .block_table = on_device(c, rows ? c->row_table : c->block_table),
+        .n_ctx = on_device(c, rows ? c->row_ctx : c->n_ctx),
+        .out = c->latent_out,
+        .work = c->mla_work,
+        .S = rows ? T : b->n_seqs,
+        .q_rows = rows ? 1 : p->q_rows,
+        .heads = heads,
+        .n_pages = c->base.n_pages,
+        .n_layers = c->base.kv_layers,
+        .layer = layer,
+        .max_pages = c->max_pages,
+        .max_ctx = p->max_ctx,
+        .scale = 1.f / 16,
+    };
+    CUDA(cu_mla_decode(&a, c->stream));
+    return head_product(c, c->latent_out, heads * MLA_LATENT, MLA_LATENT,
+                        kv_b + MLA_NOPE * MLA_LATENT, true, c->attention, heads * MLA_V, MLA_V, T,
+                        MLA_LATENT, MLA_V);
+}
+
+/* One layer. In: residual, and norm = input norm of it. Out: residual, and next = next_norm of it.
+ */
+static enum err layer_run(struct engine_cuda *c, const struct batch *b, const struct plan *p,
+                          int layer, const bf16_t *next_norm, cu_bf16 *next)
+{
+    const struct model_config *m = c->base.m;
+    const struct layer_weights *l = &c->base.w->layers[layer];
+    const int T = b->n_rows, H = m->hidden, lora = m->q_lora_rank, heads = m->n_heads;
+
+    TRY(product(c, c->norm, weight(c, l->q_a), c->qkv, T, H, lora + KV_WIDTH, CUDA_R_16BF));
+    struct cu_qkv_args qkv = {
+        .qkv = c->qkv,
+        .q_norm = weight(c, l->q_a_norm),
+        .kv_norm = weight(c, l->kv_a_norm),
+        .position = on_device(c, c->position),
+        .slot_page = on_device(c, c->slot_page),
+        .slot_row = on_device(c, c->slot_row),
+        .q_a = c->q_a,
+        .pool = c->pool,
+        .T = T,
+        .q_lora = lora,
+        .n_layers = c->base.kv_layers,
+        .layer = layer,
+        .eps = c->base.config.inner_norm_eps,
+        .theta = m->rope_theta,
+    };
+    CUDA(cu_qkv_norm_write(&qkv, c->stream));
+    TRY(product(c, c->q_a, weight(c, l->q_b), c->q, T, lora, heads * MLA_QK, CUDA_R_16BF));
+    struct cu_rope_q_args rope = {.q = c->q,
+                                  .absorbed = p->form == FORM_EXPANDED ? NULL : c->absorbed,
+                                  .position = on_device(c, c->position),
+                                  .T = T,
+                                  .heads = heads,
+                                  .theta = m->rope_theta};
+    CUDA(cu_rope_q(&rope, c->stream));
+    if (p->form == FORM_EXPANDED)
+        TRY(attention_expanded(c, b, layer));
+    else
+        TRY(attention_absorbed(c, b, p, layer));
+    TRY(product(c, c->attention, weight(c, l->o), c->delta, T, heads * MLA_V, H, CUDA_R_32F));
+
+    struct cu_add_norm_args add = {.residual = c->residual,
+                                   .delta = c->delta,
+                                   .w = weight(c, l->post_attention_norm),
+                                   .out = c->norm,
+                                   .T = T,
+                                   .H = H,
+                                   .eps = m->norm_eps};
+    CUDA(cu_add_norm(&add, c->stream));
+    if (l->mlp_gate) {
+        TRY(product(c, c->norm, weight(c, l->mlp_gate), c->gate_up, T, H, 2 * m->intermediate,
+                    CUDA_R_16BF));
+        CUDA(cu_swiglu(c->gate_up, c->mlp, T, m->intermediate, c->stream));
+        TRY(product(c, c->mlp, weight(c, l->mlp_down), c->delta, T, m->intermediate, H,
+                    CUDA_R_32F));
+        add.w = weight(c, next_norm);
+        add.out = next;
+        CUDA(cu_add_norm(&add, c->stream));
+        return ERR_OK;
+    }
+    struct cu_route_args route = {
+        .x = c->norm,
+        .router = weight(c, l->router),
+        .bias = (const float *)weight(c, l->router_bias),
+        .slot_token = c->slot_token,
+        .slot_weight = c->router_weight,
+        .token_slot = c->token_slot,
+        .expert_start = c->expert_start,
+        .work = c->route_work,
+        .T = T,
+        .H = H,
+        .E = m->n_experts,
+        .k = m->n_experts_per_token,
+        .scale = m->routed_scale,
+    };
+    CUDA(cu_route(&route, c->stream));
+    struct cu_moe_args moe = {
+        .x = c->norm,
+        .gate = weight(c, l->expert_gate),
+        .up = weight(c, l->expert_up),
+        .down = weight(c, l->expert_down),
+        .slot_token = c->slot_token,
+        .expert_start = c->expert_start,
+        .h = c->expert_h,
+        .y = c->expert_y,
+        .work = c->moe_work,
+        .T = T,
+        .H = H,
+        .F = m->moe_intermediate,
+        .E = m->n_experts,
+        .k = m->n_experts_per_token,
+    };
+    CUDA(cu_moe_gate_up(&moe, c->stream));
+    CUDA(cu_moe_down(&moe, c->stream));
+    struct cu_moe_reduce_args reduce = {
+        .y = c->expert_y,
+        .token_slot = c->token_slot,
+        .slot_weight = c->router_weight,
+        .residual = c->residual,
+        .norm = weight(c, next_norm),
+        .out = next,
+        .T = T,
+        .H = H,
+        .k = m->n_experts_per_token,
+        .eps = m->norm_eps,
+    };
+    CUDA(cu_moe_reduce(&reduce, c->stream));
+    return ERR_OK;
+}
+
+/* Logits of the batch's logit rows of `hidden`. */
+static enum err head(struct engine_cuda *c, const struct batch *b, const bf16_t *w,
+                     const cu_bf16 *hidden, float *logits)
+{
+    const struct model_config *m = c->base.m;
+    CUDA(cu_gather_rows(hidden, on_device(c, c->logit_row), c->logit_rows, b->n_logits, m->hidden,
+                        c->stream));
+    return product(c, c->logit_rows, weight(c, w), logits, b->n_logits, m->hidden, m->vocab,
+                   CUDA_R_32F);
+}
+
+static enum err cuda_forward(struct engine *e, const struct batch *b)
+{
+    struct engine_cuda *c = of(e);
+    const struct model_config *m = e->m;
+    const struct weights *w = e->w;
+    struct plan p;
+    CUDA(cudaSetDevice(c->device));
+    CUDA(cudaStreamSynchronize(c->stream)); // the host block may be written again
+    TRY(batch_upload(c, b, NULL, &p));
+    CUDA(cu_embed(weight(c, w->embed), on_device(c, c->token), c->residual, b->n_rows, m->hidden,
+                  c->stream));
+    struct cu_add_norm_args first = {.residual = c->residual,
+                                     .w = weight(c, w->layers[0].input_norm),
+                                     .out = c->norm,
+                                     .T = b->n_rows,
+                                     .H = m->hidden,
+                                     .eps = m->norm_eps};
+    CUDA(cu_add_norm(&first, c->stream));
+    for (int i = 0; i < m->n_layers; i++) {
+        bool last = i + 1 == m->n_layers;
+        TRY(layer_run(c, b, &p, i, last ? w->norm : w->layers[i + 1].input_norm,
+                      last ? c->hidden : c->norm));
+    }
+    TRY(head(c, b, w->head, c->hidden, c->logits));
+    CUDA(cudaStreamSynchronize(c->stream));
+    return ERR_OK;
+}
+
+static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
+                           int32_t *ret_ids)
+{
+    struct engine_cuda *c = of(e);
+    const struct model_config *m = e->m;
+    const struct mtp_weights *mtp = &e->w->mtp;
+    const struct layer_weights *l = &e->w->layers[m->n_layers];
+    struct plan p;
+    CUDA(cudaSetDevice(c->device));
+    CUDA(cudaStreamSynchronize(c->stream));
+    TRY(batch_upload(c, b, hidden, &p));
+    struct cu_mtp_input_args in = {
+        .table = weight(c, mtp->embed),
+        .token = on_device(c, c->token),
+        .hidden = {[HIDDEN_MAIN] = c->hidden,
+                   [HIDDEN_IMPORT] = c->import,
+                   [HIDDEN_DRAFT] = c->draft_hidden},
+        .source = on_device(c, c->source),
+        .idx = on_device(c, c->idx),
+        .enorm = weight(c, mtp->enorm),
+        .hnorm = weight(c, mtp->hnorm),
+        .out = c->joined,
+        .T = b->n_rows,
+        .H = m->hidden,
+        .eps = m->norm_eps,
+    };
+    CUDA(cu_mtp_input(&in, c->stream));
+    TRY(product(c, c->joined, weight(c, mtp->eh_proj), c->residual, b->n_rows, 2 * m->hidden,
+                m->hidden, CUDA_R_32F));
+    struct cu_add_norm_args first = {.residual = c->residual,
+                                     .w = weight(c, l->input_norm),
+                                     .out = c->norm,
+                                     .T = b->n_rows,
+                                     .H = m->hidden,
+                                     .eps = m->norm_eps};
+    CUDA(cu_add_norm(&first, c->stream));
+    TRY(layer_run(c, b, &p, m->n_layers, mtp->head_norm, c->draft_hidden));
+    if (ret_ids) {
+        TRY(head(c, b, mtp->head, c->draft_hidden, c->draft_logits));
+        CUDA(cu_argmax(c->draft_logits, c->ids, b->n_logits, m->vocab, m->n_token_ids, c->stream));
+        CUDA(cudaMemcpyAsync(ret_ids, c->ids, sizeof(int32_t) * (size_t)b->n_logits,
+                             cudaMemcpyDeviceToHost, c->stream));
+    }
+    CUDA(cudaStreamSynchronize(c->stream));
+    return ERR_OK;
+}
+
+/* Draws on the host, with the reference: exactly the rule, until the device has a sampler. */
+static enum err cuda_sample(struct engine *e, int n, const int32_t *idx,
+                            const struct sample_row *rows, int max_top, int32_t *ret_ids,
+                            float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
+{
+    struct engine_cuda *c = of(e);
+    size_t V = (size_t)e->m->vocab;
+    for (int i = 0; i < n; i++)
+        CUDA(cudaMemcpyAsync(c->host_logits + (size_t)i * V, c->logits + (size_t)idx[i] * V,
+                             V * sizeof(float), cudaMemcpyDeviceToHost, c->stream));
+    CUDA(cudaStreamSynchronize(c->stream));
+    OWNED_MEM float *work = malloc((size_t)par_threads(c->par) * 2 * V * sizeof(float));
+    if (!work)
+        return err_set(ERR_NOMEM, "no memory to draw %d tokens", n);
+    sample_ref(&(struct sample_args){.logits = c->host_logits,
+                                     .rows = rows,
+                                     .id = ret_ids,
+                                     .logprob = ret_logprob,
+                                     .top_id = ret_top_id,
+                                     .top_logprob = ret_top_logprob,
+                                     .work = work,
+                                     .T = n,
+                                     .V = e->m->vocab,
+                                     .n_valid = e->m->n_token_ids,
+                                     .max_top = max_top},
+               c->par);
+    return ERR_OK;
+}
+
+static enum err cuda_export_hidden(struct engine *e, int row, float *ret)
+{
+    struct engine_cuda *c = of(e);
+    int H = e->m->hidden;
+    OWNED_MEM uint16_t *bits = malloc((size_t)H * 2);
+    if (!bits)
+        return err_set(ERR_NOMEM, "no memory for a hidden state");
+    CUDA(cudaMemcpyAsync(bits, c->hidden + (size_t)row * (size_t)H, (size_t)H * 2,
+                         cudaMemcpyDeviceToHost, c->stream));
+    CUDA(cudaStreamSynchronize(c->stream));
+    for (int i = 0; i < H; i++) {
+        uint32_t word = (uint32_t)bits[i] << 16;
+        memcpy(&ret[i], &word, sizeof(word));
+    }
+    return ERR_OK;
+}
+
+static enum err cuda_import_hidden(struct engine *e, int slot, const float *hidden)
+{
+    struct engine_cuda *c = of(e);
+    int H = e->m->hidden;
+    OWNED_MEM uint16_t *bits = malloc((size_t)H * 2);
+    if (!bits)
+        return err_set(ERR_NOMEM, "no memory for a hidden state");
+    for (int i = 0; i < H; i++) { // exported values are bf16 already, so this is exact
+        uint32_t word;
+        memcpy(&word, &hidden[i], sizeof(word));
+        bits[i] = (uint16_t)(word >> 16);
+    }
+    CUDA(cudaMemcpyAsync(c->import + (size_t)slot * (size_t)H, bits, (size_t)H * 2,
+                         cudaMemcpyHostToDevice, c->stream));
+    CUDA(cudaStreamSynchronize(c->stream));
+    return ERR_OK;
+}
+
+static enum err cuda_read_logits(struct engine *e, bool draft, int row, float *ret)
+{
+    struct engine_cuda *c = of(e);
+    size_t V = (size_t)e->m->vocab;
+    CUDA(cudaMemcpy(ret, (draft ? c->draft_logits : c->logits) + (size_t)row * V, V * sizeof(float),
+                    cudaMemcpyDeviceToHost));
+    return ERR_OK;
+}
+
+static const struct engine_ops cuda_ops = {
+    .destroy = cuda_destroy,
+    .forward = cuda_forward,
+    .draft = cuda_draft,
+    .sample = cuda_sample,
+    .export_hidden = cuda_export_hidden,
+    .import_hidden = cuda_import_hidden,
+    .read_logits = cuda_read_logits,
+};
+
+static enum err cuda_start(struct engine_cuda *c, struct kv_pool *pool)
+{
+    const struct engine_config *g = &c->base.config;
+    int n_devices = 0;
+    CUDA(cudaGetDeviceCount(&n_devices));
+    if (c->device >= n_devices)
+        return err_set(ERR_INVALID, "device %s: there are %d CUDA devices", g->device, n_devices);
+    CUDA(cudaSetDevice(c->device));
+    struct cudaDeviceProp prop;
+    CUDA(cudaGetDeviceProperties(&prop, c->device));
+    if (prop.major != 9)
+        return err_set(ERR_INVALID,
+                       "device %s: %s has compute capability %d.%d, the kernels need 9.0",
+                       g->device, prop.name, prop.major, prop.minor);
+    c->pool = kv_pool_base(pool);
+    c->max_pages = (g->max_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    c->n_expanded = MIN(MAX(g->max_ctx, g->max_rows), MAX_EXPANDED);
+    c->par = par_create(g->n_threads);
+    if (!c->par)
+        return err_set(ERR_NOMEM, "cannot start %d threads", g->n_threads);
+    return take_memory(c);
+}
+
+enum err engine_cuda_create(const struct engine *base, int device, struct kv_pool *pool,
+                            struct engine **ret)
+{
+    struct engine_cuda *c = calloc(1, sizeof(*c));
+    if (!c)
+        return err_set(ERR_NOMEM, "no memory for an engine");
+    c->base = *base;
+    c->base.ops = &cuda_ops;
+    c->device = device;
+    enum err err = cuda_start(c, pool);
+    if (err != ERR_OK) {
+        cuda_destroy(&c->base);
+        return err;
+    }
+    *ret = &c->base;
+    return ERR_OK;
+}

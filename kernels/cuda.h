@@ -1,0 +1,192 @@
+/* cuda.h: the model's operations on a Hopper GPU, as a C ABI. The arithmetic is kernels.h's; here
+ * activations and KV pages are bf16, sums fp32, logits and routing fp32.
+ *
+ * Every function is asynchronous on its stream, allocates nothing, never waits, works inside stream
+ * capture, and returns cudaErrorInvalidValue for shapes that it does not do. All pointers are
+ * device memory, 16-byte aligned. Row counts that change from step to step are read from the device
+ * (`n_rows_dev`) where a CUDA graph must serve several batches: launches are sized for max_rows and
+ * rows beyond the real count do nothing.
+ */
+#ifndef BATON_CUDA_H
+#define BATON_CUDA_H
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef uint16_t cu_bf16; /* bits of a bfloat16, as in kernels.h */
+
+/* ---- mixture of experts (kernels/moe.cu) ---- */
+
+/* Sorts token-expert pairs by expert and cuts them into tiles, on the device. The shared expert is
+ * expert E with every token, weight 1. Slots: sorted position of a pair. */
+struct cu_route_args {
+    const cu_bf16 *x;      // [T, H] normed hidden state
+    const cu_bf16 *router; // [E, H]
+    const float *bias;     // [E]
+    int32_t *slot_token;   // [T * (k + 1)] token of each slot, sorted by expert, then token
+    float *slot_weight;    // [T * (k + 1)] routing weight of the slot (1 for the shared expert)
+    int32_t *token_slot;   // [T, k + 1] where a token's pairs went, the shared expert's last
+    int32_t *expert_start; // [E + 2] first slot of each expert; [E + 1] = number of slots
+    int32_t *work;         // cu_route_work_bytes
+    int T, H, E, k;
+    float scale; // 1.8
+};
+cudaError_t cu_route(const struct cu_route_args *a, cudaStream_t stream);
+size_t cu_route_work_bytes(int max_T, int E, int k);
+
+/* h[slot] = silu(gate_e x[token]) * (up_e x[token]), then y[slot] = down_e h[slot]. Weights stream
+ * through once; tiles come from expert_start on the device. */
+struct cu_moe_args {
+    const cu_bf16 *x;          // [T, H]
+    const cu_bf16 *gate, *up;  // [E + 1, F, H], the shared expert last
+    const cu_bf16 *down;       // [E + 1, H, F]
+    const int32_t *slot_token; // as cu_route wrote them
+    const int32_t *expert_start;
+    cu_bf16 *h;        // [T * (k + 1), F]
+    cu_bf16 *y;        // [T * (k + 1), H], not weighted
+    int32_t *work;     // cu_moe_work_bytes, zeroed once by the caller
+    int T, H, F, E, k; // T: rows of this launch, chooses the tile shape
+};
+cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream);
+cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream);
+size_t cu_moe_work_bytes(int max_T, int E, int k);
+
+/* residual[t] += sum of the token's slots, each times its weight (fp32, in a fixed order), then
+ * out[t] = rmsnorm(residual[t]) * norm (the next layer's input norm, or the final norm). */
+struct cu_moe_reduce_args {
+    const cu_bf16 *y;          // [T * (k + 1), H]
+    const int32_t *token_slot; // [T, k + 1]
+    const float *slot_weight;  // [T * (k + 1)]
+    float *residual;           // [T, H]
+    const cu_bf16 *norm;       // [H]
+    cu_bf16 *out;              // [T, H]
+    int T, H, k;
+    float eps;
+};
+cudaError_t cu_moe_reduce(const struct cu_moe_reduce_args *a, cudaStream_t stream);
+
+/* ---- attention over pages (kernels/mla_decode.cu, kernels/mla_prefill.cu) ---- */
+
+/* Absorbed form: out[r, h] = sum_j softmax((q[r,h] . kv[j]) * scale)_j * kv[j][0..512). A sequence
+ * has q_rows rows (1 + drafts), row i sees n_ctx[s] - q_rows + 1 + i slots. */
+struct cu_mla_decode_args {
+    const cu_bf16 *q;           // [S * q_rows, heads, 576]: absorbed 512, then roped 64
+    const cu_bf16 *pool;        // [n_pages, n_layers, 64, 576]
+    const int32_t *block_table; // [S, max_pages]
+    const int32_t *n_ctx;       // [S] slots that the last row sees; 0: rows are skipped
+    cu_bf16 *out;               // [S * q_rows, heads, 512]
+    void *work;                 // cu_mla_decode_work_bytes, zeroed once by the caller
+    int S, q_rows, heads, n_pages, n_layers, layer, max_pages;
+    int max_ctx; // bound on n_ctx, sizes the split
+    float scale;
+};
+cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t stream);
+size_t cu_mla_decode_work_bytes(int max_S, int max_q_rows, int heads, int max_ctx);
+
+/* Ragged rows, expanded form: k = [W_UK c, k_rope], v = W_UV c are given for each sequence's slots,
+ * packed. Row i of sequence s (n of them) sees kv_len[s] - n + 1 + i slots. */
+struct cu_mla_prefill_args {
+    const cu_bf16 *q;        // [T, heads, 256]: 192 nope, 64 roped
+    const cu_bf16 *k;        // [T_kv, heads, 256]
+    const cu_bf16 *v;        // [T_kv, heads, 256]
+    const int32_t *q_start;  // [S + 1] first row of each sequence
+    const int32_t *kv_start; // [S + 1] first packed slot of each sequence
+    cu_bf16 *out;            // [T, heads, 256]
+    int S, T, heads, max_q;  // max_q: longest sequence in rows
+    float scale;
+};
+cudaError_t cu_mla_prefill(const struct cu_mla_prefill_args *a, cudaStream_t stream);
+
+/* ---- small operations (kernels/elementwise.cu) ---- */
+
+/* residual[t] = table[token[t]], the start of the residual stream. */
+cudaError_t cu_embed(const cu_bf16 *table, const int32_t *token, float *residual, int T, int H,
+                     cudaStream_t stream);
+
+/* residual[t] += delta[t] (delta NULL: nothing); out[t] = rmsnorm(residual[t]) * w. The residual
+ * stream is fp32: rounding it to bf16 at every add cost the demo model up to 0.2 of a logit. H a
+ * multiple of 8, at most 8192. */
+struct cu_add_norm_args {
+    float *residual;    // [T, H]
+    const float *delta; // [T, H] or NULL
+    const cu_bf16 *w;   // [H]
+    cu_bf16 *out;       // [T, H]
+    int T, H;
+    float eps;
+};
+cudaError_t cu_add_norm(const struct cu_add_norm_args *a, cudaStream_t stream);
+
+/* From the joint projection [q_a | kv_a]: norms q_a; norms the latent, turns the key (interleaved
+ * RoPE) and writes both into the row's KV slot. */
+struct cu_qkv_args {
+    const cu_bf16 *qkv;       // [T, q_lora + 576]
+    const cu_bf16 *q_norm;    // [q_lora]
+    const cu_bf16 *kv_norm;   // [512]
+    const int32_t *position;  // [T]
+    const int32_t *slot_page; // [T]
+    const int32_t *slot_row;  // [T]
+    cu_bf16 *q_a;             // [T, q_lora]
+    cu_bf16 *pool;            // [n_pages, n_layers, 64, 576]
+    int T, q_lora, n_layers, layer;
+    float eps, theta;
+};
+cudaError_t cu_qkv_norm_write(const struct cu_qkv_args *a, cudaStream_t stream);
+
+/* Turns the last 64 of each head of q in place and, if absorbed is given, copies them to columns
+ * 512..575 of its heads. */
+struct cu_rope_q_args {
+    cu_bf16 *q;              // [T, heads, 256]
+    cu_bf16 *absorbed;       // [T, heads, 576] or NULL
+    const int32_t *position; // [T]
+    int T, heads;
+    float theta;
+};
+cudaError_t cu_rope_q(const struct cu_rope_q_args *a, cudaStream_t stream);
+
+/* out = silu(gate_up[:, 0..n)) * gate_up[:, n..2n). */
+cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaStream_t stream);
+
+/* Rows of the MTP layer's input: [norm(embedding of token) | norm(hidden row)]. source[t] chooses
+ * one of three arrays of hidden rows. */
+struct cu_mtp_input_args {
+    const cu_bf16 *table;         // [V, H]
+    const int32_t *token;         // [T]
+    const cu_bf16 *hidden[3];     // by enum hidden_source: [*, H]
+    const int32_t *source, *idx;  // [T]
+    const cu_bf16 *enorm, *hnorm; // [H]
+    cu_bf16 *out;                 // [T, 2H]
+    int T, H;
+    float eps;
+};
+cudaError_t cu_mtp_input(const struct cu_mtp_input_args *a, cudaStream_t stream);
+
+/* out[i] = x[row[i]], bf16 rows of H values. */
+cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, int n, int H,
+                           cudaStream_t stream);
+
+/* id[i] = largest of logits[i, 0..n_valid), lowest index wins ties. Row stride V. */
+cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid,
+                      cudaStream_t stream);
+
+/* Latents of a sequence's slots [0, n), packed, and its roped keys: what the expanded form of
+ * prefill starts from. row = position in the packed arrays. */
+struct cu_gather_kv_args {
+    const cu_bf16 *pool;        // [n_pages, n_layers, 64, 576]
+    const int32_t *block_table; // [S, max_pages]
+    const int32_t *kv_start;    // [S + 1]
+    cu_bf16 *latent;            // [T_kv, 512]
+    cu_bf16 *k;                 // [T_kv, heads, 256]: columns 192..255 of every head get the key
+    int S, T_kv, heads, max_pages, n_layers, layer;
+};
+cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

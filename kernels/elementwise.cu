@@ -1,0 +1,342 @@
+/* elementwise.cu: the small operations between the matrix products.
+ *
+ * Each is one pass over its rows: 16-byte loads, fp32 arithmetic, one block per row (or per few heads).
+ * At decode batches they are launch-bound (a row is 4 KB), so what counts is how few there are: the
+ * residual add rides on the norm, both inner norms, RoPE of the key and the page write are one launch.
+ */
+#include "kernels/cuda.h"
+
+#include <cuda_bf16.h>
+
+#define THREADS 256
+
+namespace {
+
+struct alignas(16) Bf8 {
+    __nv_bfloat162 v[4];
+};
+
+__device__ __forceinline__ void unpack(const Bf8 &p, float *f)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 t = __bfloat1622float2(p.v[i]);
+        f[2 * i] = t.x;
+        f[2 * i + 1] = t.y;
+    }
+}
+
+__device__ __forceinline__ Bf8 pack(const float *f)
+{
+    Bf8 p;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        p.v[i] = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
+    return p;
+}
+
+__device__ __forceinline__ float block_sum(float v)
+{
+    __shared__ float part[THREADS / 32];
+    __shared__ float total;
+#pragma unroll
+    for (int o = 16; o; o >>= 1)
+        v += __shfl_xor_sync(~0u, v, o);
+    if (threadIdx.x % 32 == 0)
+        part[threadIdx.x / 32] = v;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float s = 0;
+        for (unsigned i = 0; i < blockDim.x / 32; i++)
+            s += part[i];
+        total = s;
+    }
+    __syncthreads();
+    float s = total;
+    __syncthreads(); // part and total may be used again
+    return s;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+/* (x0, x1) turned by position * theta^(-2i/64). */
+__device__ __forceinline__ void rope_pair(float &x0, float &x1, int position, int i, float log2_theta)
+{
+    float angle = (float)position * exp2f(-(float)i / 32.f * log2_theta);
+    float s, c;
+    sincosf(angle, &s, &c);
+    float a = x0 * c - x1 * s, b = x1 * c + x0 * s;
+    x0 = a;
+    x1 = b;
+}
+
+__global__ void embed_kernel(const Bf8 *table, const int32_t *token, float *residual, int n8)
+{
+    const Bf8 *from = table + (int64_t)token[blockIdx.x] * n8;
+    float4 *to = (float4 *)residual + (int64_t)blockIdx.x * n8 * 2;
+    for (int i = threadIdx.x; i < n8; i += blockDim.x) {
+        float f[8];
+        unpack(from[i], f);
+        to[2 * i] = make_float4(f[0], f[1], f[2], f[3]);
+        to[2 * i + 1] = make_float4(f[4], f[5], f[6], f[7]);
+    }
+}
+
+__global__ void gather_kernel(const Bf8 *x, const int32_t *row, Bf8 *out, int n8)
+{
+    const Bf8 *from = x + (int64_t)row[blockIdx.x] * n8;
+    for (int i = threadIdx.x; i < n8; i += blockDim.x)
+        out[(int64_t)blockIdx.x * n8 + i] = from[i];
+}
+
+/* One row's norm from registers: up to 8 quads of values a thread (H <= 8192). */
+__global__ void __launch_bounds__(THREADS) add_norm_kernel(cu_add_norm_args a)
+{
+    constexpr int QUADS = 8;
+    int t = blockIdx.x, n4 = a.H / 4;
+    float4 *residual = (float4 *)a.residual + (int64_t)t * n4;
+    const float4 *delta = a.delta ? (const float4 *)a.delta + (int64_t)t * n4 : nullptr;
+    float4 x[QUADS];
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = threadIdx.x + j * THREADS;
+        if (i >= n4)
+            break;
+        x[j] = residual[i];
+        if (delta) {
+            float4 d = delta[i];
+            x[j].x += d.x;
+            x[j].y += d.y;
+            x[j].z += d.z;
+            x[j].w += d.w;
+            residual[i] = x[j];
+        }
+        sum += x[j].x * x[j].x + x[j].y * x[j].y + x[j].z * x[j].z + x[j].w * x[j].w;
+    }
+    float scale = rsqrtf(block_sum(sum) / (float)a.H + a.eps);
+    const __nv_bfloat162 *w = (const __nv_bfloat162 *)a.w;
+    __nv_bfloat162 *out = (__nv_bfloat162 *)a.out + (int64_t)t * a.H / 2;
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int i = threadIdx.x + j * THREADS;
+        if (i >= n4)
+            break;
+        float2 g0 = __bfloat1622float2(w[2 * i]), g1 = __bfloat1622float2(w[2 * i + 1]);
+        out[2 * i] = __floats2bfloat162_rn(x[j].x * scale * g0.x, x[j].y * scale * g0.y);
+        out[2 * i + 1] = __floats2bfloat162_rn(x[j].z * scale * g1.x, x[j].w * scale * g1.y);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) qkv_kernel(cu_qkv_args a, float log2_theta)
+{
+    int t = blockIdx.x, width = a.q_lora + 576;
+    const cu_bf16 *row = a.qkv + (int64_t)t * width;
+    const __nv_bfloat16 *q = (const __nv_bfloat16 *)row, *c = q + a.q_lora, *k = c + 512;
+    const __nv_bfloat16 *wq = (const __nv_bfloat16 *)a.q_norm, *wc = (const __nv_bfloat16 *)a.kv_norm;
+    __nv_bfloat16 *q_out = (__nv_bfloat16 *)a.q_a + (int64_t)t * a.q_lora;
+    __nv_bfloat16 *slot = (__nv_bfloat16 *)a.pool +
+                          (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 + a.slot_row[t]) * 576;
+    float sum_q = 0, sum_c = 0;
+    for (int i = threadIdx.x; i < a.q_lora; i += THREADS) {
+        float v = __bfloat162float(q[i]);
+        sum_q += v * v;
+    }
+    for (int i = threadIdx.x; i < 512; i += THREADS) {
+        float v = __bfloat162float(c[i]);
+        sum_c += v * v;
+    }
+    float scale_q = rsqrtf(block_sum(sum_q) / (float)a.q_lora + a.eps);
+    float scale_c = rsqrtf(block_sum(sum_c) / 512.f + a.eps);
+    for (int i = threadIdx.x; i < a.q_lora; i += THREADS)
+        q_out[i] = __float2bfloat16(__bfloat162float(q[i]) * scale_q * __bfloat162float(wq[i]));
+    for (int i = threadIdx.x; i < 512; i += THREADS)
+        slot[i] = __float2bfloat16(__bfloat162float(c[i]) * scale_c * __bfloat162float(wc[i]));
+    if (threadIdx.x < 32) {
+        int i = threadIdx.x;
+        float x0 = __bfloat162float(k[2 * i]), x1 = __bfloat162float(k[2 * i + 1]);
+        rope_pair(x0, x1, a.position[t], i, log2_theta);
+        slot[512 + 2 * i] = __float2bfloat16(x0);
+        slot[512 + 2 * i + 1] = __float2bfloat16(x1);
+    }
+}
+
+/* A warp per head: lane i has pair i. */
+__global__ void rope_q_kernel(cu_rope_q_args a, float log2_theta)
+{
+    int t = blockIdx.x, h = blockIdx.y * blockDim.y + threadIdx.y, i = threadIdx.x;
+    if (h >= a.heads)
+        return;
+    int64_t at = (int64_t)t * a.heads + h;
+    __nv_bfloat162 *q = (__nv_bfloat162 *)a.q + (at * 256 + 192) / 2 + i;
+    float2 v = __bfloat1622float2(*q);
+    rope_pair(v.x, v.y, a.position[t], i, log2_theta);
+    __nv_bfloat162 r = __floats2bfloat162_rn(v.x, v.y);
+    *q = r;
+    if (a.absorbed)
+        ((__nv_bfloat162 *)a.absorbed)[(at * 576 + 512) / 2 + i] = r;
+}
+
+__global__ void swiglu_kernel(const Bf8 *gate_up, Bf8 *out, int64_t total, int n8)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= total)
+        return;
+    int64_t t = i / n8, c = i % n8;
+    float g[8], u[8];
+    unpack(gate_up[t * 2 * n8 + c], g);
+    unpack(gate_up[t * 2 * n8 + n8 + c], u);
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        g[e] = silu(g[e]) * u[e];
+    out[i] = pack(g);
+}
+
+__global__ void __launch_bounds__(THREADS) mtp_input_kernel(cu_mtp_input_args a)
+{
+    int t = blockIdx.x;
+    bool hidden = blockIdx.y == 1;
+    const cu_bf16 *src = hidden ? a.hidden[a.source[t]] : a.table;
+    const __nv_bfloat16 *x =
+        (const __nv_bfloat16 *)src + (int64_t)(hidden ? a.idx[t] : a.token[t]) * a.H;
+    const __nv_bfloat16 *w = (const __nv_bfloat16 *)(hidden ? a.hnorm : a.enorm);
+    __nv_bfloat16 *out = (__nv_bfloat16 *)a.out + (int64_t)t * 2 * a.H + (hidden ? a.H : 0);
+    float sum = 0;
+    for (int i = threadIdx.x; i < a.H; i += THREADS) {
+        float v = __bfloat162float(x[i]);
+        sum += v * v;
+    }
+    float scale = rsqrtf(block_sum(sum) / (float)a.H + a.eps);
+    for (int i = threadIdx.x; i < a.H; i += THREADS)
+        out[i] = __float2bfloat16(__bfloat162float(x[i]) * scale * __bfloat162float(w[i]));
+}
+
+/* Largest value, lowest index among equals, over a row of fp32 logits. */
+__global__ void __launch_bounds__(1024) argmax_kernel(const float *logits, int32_t *id, int V, int n_valid)
+{
+    const float *x = logits + (int64_t)blockIdx.x * V;
+    float best = -INFINITY;
+    int at = n_valid;
+    for (int i = threadIdx.x; i < n_valid; i += blockDim.x) {
+        float v = x[i];
+        if (v > best || (v == best && i < at)) {
+            best = v;
+            at = i;
+        }
+    }
+    __shared__ float bests[32];
+    __shared__ int ats[32];
+    for (int o = 16; o; o >>= 1) {
+        float v = __shfl_xor_sync(~0u, best, o);
+        int i = __shfl_xor_sync(~0u, at, o);
+        if (v > best || (v == best && i < at)) {
+            best = v;
+            at = i;
+        }
+    }
+    if (threadIdx.x % 32 == 0) {
+        bests[threadIdx.x / 32] = best;
+        ats[threadIdx.x / 32] = at;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (unsigned w = 1; w < blockDim.x / 32; w++)
+            if (bests[w] > best || (bests[w] == best && ats[w] < at)) {
+                best = bests[w];
+                at = ats[w];
+            }
+        id[blockIdx.x] = at < n_valid ? at : 0;
+    }
+}
+
+/* A block per packed slot: the latent, and the key once per head. */
+__global__ void gather_kv_kernel(cu_gather_kv_args a)
+{
+    int row = blockIdx.x, s = 0;
+    while (row >= a.kv_start[s + 1])
+        s++;
+    int slot = row - a.kv_start[s];
+    int page = a.block_table[(int64_t)s * a.max_pages + slot / 64];
+    const Bf8 *src = (const Bf8 *)(a.pool + (((int64_t)page * a.n_layers + a.layer) * 64 + slot % 64) * 576);
+    for (int i = threadIdx.x; i < 64; i += blockDim.x)
+        ((Bf8 *)a.latent)[(int64_t)row * 64 + i] = src[i];
+    for (int i = threadIdx.x; i < a.heads * 8; i += blockDim.x)
+        ((Bf8 *)a.k)[((int64_t)row * a.heads + i / 8) * 32 + 24 + i % 8] = src[64 + i % 8];
+}
+
+} // namespace
+
+cudaError_t cu_embed(const cu_bf16 *table, const int32_t *token, float *residual, int T, int H,
+                     cudaStream_t stream)
+{
+    if (H % 8)
+        return cudaErrorInvalidValue;
+    if (T > 0)
+        embed_kernel<<<T, THREADS, 0, stream>>>((const Bf8 *)table, token, residual, H / 8);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_add_norm(const struct cu_add_norm_args *a, cudaStream_t stream)
+{
+    if (a->H % 8 || a->H > 32 * THREADS)
+        return cudaErrorInvalidValue;
+    if (a->T > 0)
+        add_norm_kernel<<<a->T, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_qkv_norm_write(const struct cu_qkv_args *a, cudaStream_t stream)
+{
+    if (a->T > 0)
+        qkv_kernel<<<a->T, THREADS, 0, stream>>>(*a, log2f(a->theta));
+    return cudaGetLastError();
+}
+
+cudaError_t cu_rope_q(const struct cu_rope_q_args *a, cudaStream_t stream)
+{
+    if (a->T > 0)
+        rope_q_kernel<<<dim3(a->T, (a->heads + 3) / 4), dim3(32, 4), 0, stream>>>(*a, log2f(a->theta));
+    return cudaGetLastError();
+}
+
+cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaStream_t stream)
+{
+    if (n % 8)
+        return cudaErrorInvalidValue;
+    int64_t total = (int64_t)T * n / 8;
+    if (total > 0)
+        swiglu_kernel<<<(unsigned)((total + THREADS - 1) / THREADS), THREADS, 0, stream>>>(
+            (const Bf8 *)gate_up, (Bf8 *)out, total, n / 8);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_mtp_input(const struct cu_mtp_input_args *a, cudaStream_t stream)
+{
+    if (a->T > 0)
+        mtp_input_kernel<<<dim3(a->T, 2), THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, int n, int H,
+                           cudaStream_t stream)
+{
+    if (H % 8)
+        return cudaErrorInvalidValue;
+    if (n > 0)
+        gather_kernel<<<n, THREADS, 0, stream>>>((const Bf8 *)x, row, (Bf8 *)out, H / 8);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid, cudaStream_t stream)
+{
+    if (n > 0)
+        argmax_kernel<<<n, 1024, 0, stream>>>(logits, id, V, n_valid);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream)
+{
+    if (a->T_kv > 0)
+        gather_kv_kernel<<<a->T_kv, 128, 0, stream>>>(*a);
+    return cudaGetLastError();
+}

@@ -1,0 +1,391 @@
+/* moe_gemm.cu: the experts' matrix products over rows sorted by expert, sizes read on the device.
+ *
+ * Both products are out[slot, n] = sum_k w_e[n, k] x[row(slot), k]. The weights take the 64-row side
+ * of the warpgroup product and the tokens the narrow one (8, 16, 32, 64 .. columns), so that an
+ * expert with four rows costs four columns and not half a tile of zeros. A block multiplies two sets
+ * of weight rows by the same tokens: gate and up of the same columns, which makes SwiGLU local to a
+ * register, or two neighbouring row blocks of down.
+ *
+ * The grid is fixed and persistent: each block finds its tiles from expert_start. One warp fills a
+ * ring of shared-memory stages (64 columns of K each) with tensor copies: weights in boxes, gathered
+ * tokens one row a copy, contiguous ones eight. It runs ahead over tile boundaries, so the weights
+ * never stop while a result is written. Rows beyond a tile's count are stale bytes: they feed only
+ * columns that nobody stores.
+ *
+ * Two shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
+ * in flight: bound by memory; each weight is read from it once. Wide: tiles of 128 tokens by 256
+ * weight rows, two consumer warpgroups, four stages: bound by the tensor cores.
+ */
+#include "kernels/cuda.h"
+#include "kernels/hopper.cuh"
+
+using namespace hopper;
+
+#define MAX_EXPERTS 127 /* with the shared one */
+#define TILE_K      64  /* columns of K per stage: 128 bytes, one swizzled row */
+#define SET_BYTES   (64 * TILE_K * 2)
+
+enum x_source {
+    X_ROWS,  // row of a slot is its own: contiguous, eight a copy
+    X_GATHER // slot_token says which row; one a copy
+};
+
+struct experts {
+    const int32_t *expert_start;
+    const int32_t *slot_token;
+    cu_bf16 *out;      // [slots, n_out]
+    int n_experts;     // with the shared one
+    int n_out;         // outputs per row
+    int w_rows;        // weight rows per expert
+    int K;
+    int second_row;    // weight rows from a tile's first set to its second (down), 0: other tensor
+};
+
+template <int TOKENS, int GROUPS> struct shape {
+    static constexpr int W_BYTES = 2 * GROUPS * SET_BYTES;
+    static constexpr int X_BYTES = TOKENS * TILE_K * 2;
+    static constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
+    static constexpr int OUT_BYTES = GROUPS * TOKENS * 128; // results on their way out
+    static constexpr int N_STAGES = (224 * 1024 - OUT_BYTES) / STAGE_BYTES;
+    static constexpr int THREADS = GROUPS == 1 ? 160 : 384; // whole warpgroups trade registers
+};
+
+struct tail { // behind the stages and the results
+    uint64_t full[16], empty[16];
+    int32_t start[MAX_EXPERTS + 1];
+    int32_t tile[MAX_EXPERTS + 1]; // first tile of each expert
+};
+
+/* ---- tiles ---- */
+
+struct tile {
+    int expert, row, n_rows, m; // m: which weight rows
+};
+
+/* Tiles of an expert are adjacent, those that share weights first. */
+static __device__ bool tile_find(const struct tail *s, int n_experts, int max_rows, int idx,
+                                 struct tile *t)
+{
+    if (idx >= s->tile[n_experts])
+        return false;
+    while (idx >= s->tile[t->expert + 1])
+        t->expert++;
+    int first = s->start[t->expert], rows = s->start[t->expert + 1] - first;
+    int cuts = (rows + max_rows - 1) / max_rows, i = idx - s->tile[t->expert];
+    t->m = i / cuts;
+    int cut = i - t->m * cuts;
+    t->row = first + cut * max_rows;
+    t->n_rows = min(rows - cut * max_rows, max_rows);
+    return true;
+}
+
+static __device__ void tiles_count(struct tail *s, const struct experts *a, int max_rows, int per_cut)
+{
+    int lane = threadIdx.x & 31, per_lane = (a->n_experts + 31) / 32, sum = 0;
+    for (int i = 0; i < per_lane; i++) {
+        int e = lane * per_lane + i;
+        if (e < a->n_experts) {
+            s->start[e] = a->expert_start[e];
+            sum += (a->expert_start[e + 1] - a->expert_start[e] + max_rows - 1) / max_rows * per_cut;
+        }
+    }
+    int before = sum;
+    for (int d = 1; d < 32; d *= 2) {
+        int other = __shfl_up_sync(~0u, before, d);
+        before += lane >= d ? other : 0;
+    }
+    before -= sum;
+    for (int i = 0; i < per_lane; i++) {
+        int e = lane * per_lane + i;
+        if (e < a->n_experts) {
+            s->tile[e] = before;
+            before += (a->expert_start[e + 1] - a->expert_start[e] + max_rows - 1) / max_rows * per_cut;
+        }
+        if (e == a->n_experts - 1) {
+            s->tile[e + 1] = before;
+            s->start[e + 1] = a->expert_start[e + 1];
+        }
+    }
+}
+
+/* ---- consumer ---- */
+
+struct ring {
+    uint32_t base, full, empty; // shared addresses
+    int stage;
+    uint32_t parity;
+};
+
+template <int N_STAGES> static __device__ __forceinline__ void ring_step(struct ring *r)
+{
+    if (++r->stage == N_STAGES) {
+        r->stage = 0;
+        r->parity ^= 1;
+    }
+}
+
+static __device__ __forceinline__ uint32_t pack(float lo, float hi)
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *(uint32_t *)&v;
+}
+
+static __device__ __forceinline__ float swiglu(float gate, float up)
+{
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+/* One set of 64 outputs for the tile's tokens, from registers through shared memory (transposed:
+ * a token's outputs become adjacent) to its rows. */
+template <int N, typename VALUE>
+static __device__ __forceinline__ void set_store(uint32_t out, int group, cu_bf16 *dst, int n_out,
+                                                 int n_rows, VALUE value)
+{
+    int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        int row = 8 * j + (lane & 7), chunk = 2 * warp + ((lane >> 3) & 1);
+        stmatrix_x2_trans(out + row * 128 + ((chunk ^ (row & 7)) << 4),
+                          pack(value(4 * j), value(4 * j + 1)),
+                          pack(value(4 * j + 2), value(4 * j + 3)));
+    }
+    named_sync(1 + group, 128);
+    int chunk = thread & 7;
+#pragma unroll
+    for (int row = thread >> 3; row < N; row += 16) {
+        if (row < n_rows) {
+            uint4 v;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                         : "r"(out + row * 128 + ((chunk ^ (row & 7)) << 4)));
+            *(uint4 *)(dst + (int64_t)row * n_out + chunk * 8) = v;
+        }
+    }
+    named_sync(1 + group, 128); // the bytes may be overwritten
+}
+
+/* All of K for one tile of at most N tokens, then its outputs. */
+template <int N, int TOKENS, int GROUPS, bool SWIGLU>
+static __device__ __forceinline__ void tile_compute(struct ring *r, uint32_t out, int group,
+                                                    const struct experts *a, const struct tile *t)
+{
+    using S = shape<TOKENS, GROUPS>;
+    float acc0[N / 2], acc1[N / 2];
+    int n_steps = a->K / TILE_K;
+    uint32_t last = 0;
+    for (int step = 0; step < n_steps; step++) {
+        mbar_wait(r->full + r->stage * 8, r->parity);
+        uint32_t at = r->base + r->stage * S::STAGE_BYTES;
+        uint64_t w0 = wgmma_desc(at + group * SET_BYTES);
+        uint64_t w1 = wgmma_desc(at + (GROUPS + group) * SET_BYTES);
+        uint64_t x = wgmma_desc(at + S::W_BYTES);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; k++) {
+            wgmma<N>(acc0, w0 + 2 * k, x + 2 * k, step | k);
+            wgmma<N>(acc1, w1 + 2 * k, x + 2 * k, step | k);
+        }
+        wgmma_commit();
+        wgmma_wait<1>(); // the step before has been read
+        if (step && (threadIdx.x & 31) == 0)
+            mbar_arrive(last);
+        last = r->empty + r->stage * 8;
+        ring_step<S::N_STAGES>(r);
+    }
+    wgmma_wait<0>();
+    if ((threadIdx.x & 31) == 0)
+        mbar_arrive(last);
+
+    cu_bf16 *dst = a->out + (int64_t)t->row * a->n_out + group * 64;
+    if (SWIGLU) {
+        set_store<N>(out, group, dst + t->m * GROUPS * 64, a->n_out, t->n_rows,
+                     [&](int i) { return swiglu(acc0[i], acc1[i]); });
+    } else {
+        dst += t->m * GROUPS * 128;
+        set_store<N>(out, group, dst, a->n_out, t->n_rows, [&](int i) { return acc0[i]; });
+        set_store<N>(out, group, dst + GROUPS * 64, a->n_out, t->n_rows,
+                     [&](int i) { return acc1[i]; });
+    }
+}
+
+template <int TOKENS, int GROUPS, bool SWIGLU>
+static __device__ void consume(struct ring r, uint32_t out, const struct tail *s,
+                               const struct experts *a)
+{
+    int group = threadIdx.x / 128;
+    out += group * TOKENS * 128;
+    struct tile t = {};
+    for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
+        if (TOKENS == 64) {
+            if (t.n_rows <= 8)
+                tile_compute<8, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            else if (t.n_rows <= 16)
+                tile_compute<16, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            else if (t.n_rows <= 32)
+                tile_compute<32, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            else
+                tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+        } else {
+            if (t.n_rows <= 32)
+                tile_compute<32, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            else if (t.n_rows <= 64)
+                tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            else
+                tile_compute<TOKENS, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+        }
+    }
+}
+
+/* ---- producer ---- */
+
+template <int TOKENS, int GROUPS, enum x_source SOURCE>
+static __device__ void produce(struct ring r, const struct tail *s, const struct experts *a,
+                               const CUtensorMap *w0, const CUtensorMap *w1, const CUtensorMap *x)
+{
+    using S = shape<TOKENS, GROUPS>;
+    int lane = threadIdx.x & 31, n_steps = a->K / TILE_K;
+    uint64_t once = policy_evict_first();
+    r.parity = 1; // a fresh stage is empty
+    struct tile t = {};
+    for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
+        int w_row = t.expert * a->w_rows + t.m * GROUPS * (a->second_row ? 128 : 64);
+        int token[TOKENS / 32];
+        if (SOURCE == X_GATHER) {
+#pragma unroll
+            for (int i = 0; i < TOKENS / 32; i++)
+                token[i] = lane + 32 * i < t.n_rows ? a->slot_token[t.row + lane + 32 * i] : -1;
+        }
+        int x_bytes = (SOURCE == X_GATHER ? t.n_rows : (t.n_rows + 7) & ~7) * TILE_K * 2;
+        for (int step = 0; step < n_steps; step++) {
+            mbar_wait(r.empty + r.stage * 8, r.parity);
+            uint32_t at = r.base + r.stage * S::STAGE_BYTES, bar = r.full + r.stage * 8;
+            if (lane == 0) {
+                mbar_arrive_expect(bar, S::W_BYTES + x_bytes);
+                if (TOKENS == 64) {
+                    tma_load_2d(at, w0, bar, step * TILE_K, w_row, once);
+                    tma_load_2d(at + S::W_BYTES / 2, w1, bar, step * TILE_K, w_row + a->second_row,
+                                once);
+                } else { // several tiles share these
+                    tma_load_2d(at, w0, bar, step * TILE_K, w_row);
+                    tma_load_2d(at + S::W_BYTES / 2, w1, bar, step * TILE_K, w_row + a->second_row);
+                }
+            }
+            __syncwarp();
+            at += S::W_BYTES;
+            if (SOURCE == X_GATHER) {
+#pragma unroll
+                for (int i = 0; i < TOKENS / 32; i++)
+                    if (token[i] >= 0)
+                        tma_load_2d(at + (lane + 32 * i) * 128, x, bar, step * TILE_K, token[i]);
+            } else if (lane * 8 < t.n_rows) {
+                tma_load_2d(at + lane * 1024, x, bar, step * TILE_K, t.row + lane * 8);
+            }
+            ring_step<S::N_STAGES>(&r);
+        }
+    }
+}
+
+/* ---- kernel and launch ---- */
+
+template <int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
+static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
+    moe_gemm(const __grid_constant__ CUtensorMap w0, const __grid_constant__ CUtensorMap w1,
+             const __grid_constant__ CUtensorMap x, const __grid_constant__ struct experts a)
+{
+    using S = shape<TOKENS, GROUPS>;
+    extern __shared__ __align__(1024) uint8_t smem[];
+    struct tail *s = (struct tail *)(smem + S::N_STAGES * S::STAGE_BYTES + S::OUT_BYTES);
+    struct ring r = {smem_addr(smem), smem_addr(s->full), smem_addr(s->empty), 0, 0};
+    int warp = threadIdx.x / 32;
+    if (warp == GROUPS * 4) {
+        if ((threadIdx.x & 31) == 0) {
+            tma_prefetch_map(&w0);
+            tma_prefetch_map(&w1);
+            tma_prefetch_map(&x);
+            for (int i = 0; i < S::N_STAGES; i++) {
+                mbar_init(r.full + i * 8, 1);
+                mbar_init(r.empty + i * 8, GROUPS * 4);
+            }
+            mbar_init_fence();
+        }
+    } else if (warp == 0) {
+        int per_cut = a.n_out / (GROUPS * (SWIGLU ? 64 : 128));
+        tiles_count(s, &a, TOKENS, per_cut);
+    }
+    __syncthreads();
+    if (warp >= GROUPS * 4) {
+        if (GROUPS > 1)
+            regs_shrink<40>();
+        if (warp == GROUPS * 4)
+            produce<TOKENS, GROUPS, SOURCE>(r, s, &a, &w0, &w1, &x);
+    } else {
+        if (GROUPS > 1)
+            regs_grow<232>();
+        consume<TOKENS, GROUPS, SWIGLU>(r, r.base + S::N_STAGES * S::STAGE_BYTES, s, &a);
+    }
+}
+
+template <int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
+static cudaError_t launch(const struct experts *a, const cu_bf16 *first, const cu_bf16 *second,
+                          const cu_bf16 *x, int x_rows, cudaStream_t stream)
+{
+    using S = shape<TOKENS, GROUPS>;
+    constexpr int smem = S::N_STAGES * S::STAGE_BYTES + S::OUT_BYTES + (int)sizeof(struct tail);
+    static_assert(smem <= 227 * 1024, "shared memory of a block");
+    auto kernel = moe_gemm<TOKENS, GROUPS, SOURCE, SWIGLU>;
+    int device, n_sm;
+    cudaError_t err = cudaGetDevice(&device);
+    if (!err)
+        err = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (!err)
+        err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (err)
+        return err;
+    CUtensorMap w0, w1, xs;
+    uint64_t w_rows = (uint64_t)a->n_experts * a->w_rows;
+    if (!tensor_map_2d(&w0, first, w_rows, a->K, a->K, GROUPS * 64) ||
+        !tensor_map_2d(&w1, second, w_rows, a->K, a->K, GROUPS * 64) ||
+        !tensor_map_2d(&xs, x, x_rows, a->K, a->K, SOURCE == X_GATHER ? 1 : 8))
+        return cudaErrorInvalidValue;
+    kernel<<<n_sm, S::THREADS, smem, stream>>>(w0, w1, xs, *a);
+    return cudaGetLastError();
+}
+
+/* Above 40 rows per expert most tiles of 64 would be two. */
+static bool is_wide(const struct cu_moe_args *a)
+{
+    return (int64_t)a->T * a->k > 40 * (int64_t)a->E && a->F % 128 == 0 && a->H % 256 == 0;
+}
+
+static bool is_done_here(const struct cu_moe_args *a)
+{
+    return a->T > 0 && a->k > 0 && a->E > 0 && a->E < MAX_EXPERTS && a->H > 0 && a->F > 0 &&
+           a->H % 128 == 0 && a->F % 64 == 0;
+}
+
+cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
+{
+    if (!is_done_here(a))
+        return cudaErrorInvalidValue;
+    struct experts g = {a->expert_start, a->slot_token, a->h, a->E + 1, a->F, a->F, a->H, 0};
+    return is_wide(a) ? launch<128, 2, X_GATHER, true>(&g, a->gate, a->up, a->x, a->T, stream)
+                      : launch<64, 1, X_GATHER, true>(&g, a->gate, a->up, a->x, a->T, stream);
+}
+
+cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
+{
+    if (!is_done_here(a))
+        return cudaErrorInvalidValue;
+    bool wide = is_wide(a);
+    struct experts d = {a->expert_start, a->slot_token, a->y, a->E + 1,
+                        a->H,            a->H,          a->F, wide ? 128 : 64};
+    int n_slots = a->T * (a->k + 1);
+    return wide ? launch<128, 2, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream)
+                : launch<64, 1, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
+}
+
+size_t cu_moe_work_bytes(int max_T, int E, int k)
+{
+    (void)max_T, (void)E, (void)k;
+    return 256; // nothing is kept between launches
+}

@@ -1,0 +1,291 @@
+/* engine_cuda_test.c: the demo model on the GPU against its goldens, in bf16's accuracy. Skips (77)
+ * where there is no device.
+ *
+ *   engine_cuda_test [cuda:N]
+ */
+#include "common/engine/engine.h"
+
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+#include "check.h"
+#include "goldens.h"
+
+#define MAX_ROWS  1024
+#define MAX_SEQS  16
+#define MAX_PAGES 16
+#define N_PAGES   (MAX_SEQS * MAX_PAGES)
+#define MARGIN    0.3  /* smaller gaps between the two best logits are bf16 noise */
+#define TOLERANCE 0.25 /* of a logit, against fp32: 0.1 nearly everywhere, 0.2 in one case (json)  \
+                        */
+
+static struct weights *weights;
+static struct kv_pool *pool;
+static struct engine *engine;
+static void *pool_memory;
+static const char *device = "cuda:0";
+
+/* Sequence q has pages q * MAX_PAGES .. in descending order. */
+struct arrays {
+    int32_t token[MAX_ROWS], position[MAX_ROWS], logit_row[MAX_ROWS];
+    int32_t seq_start[MAX_SEQS + 1], ctx_len[MAX_SEQS], block_table[MAX_SEQS * MAX_PAGES];
+    struct hidden_ref hidden[MAX_ROWS];
+    struct batch b;
+};
+static struct arrays a;
+
+static void batch_clear(void)
+{
+    memset(&a, 0, sizeof(a));
+    a.b = (struct batch){.max_pages = MAX_PAGES,
+                         .token = a.token,
+                         .position = a.position,
+                         .seq_start = a.seq_start,
+                         .ctx_len = a.ctx_len,
+                         .block_table = a.block_table,
+                         .logit_row = a.logit_row};
+}
+
+/* Adds rows [slot, slot + n) of sequence q; all of them want logits. */
+static void batch_add(int q, int slot, const int32_t *token, int n, struct hidden_ref first)
+{
+    for (int i = 0; i < n; i++) {
+        int r = a.b.n_rows++;
+        a.token[r] = token[i];
+        a.position[r] = slot + i;
+        a.logit_row[a.b.n_logits++] = r;
+        a.hidden[r] = (struct hidden_ref){first.source, first.idx + i};
+    }
+    int s = a.b.n_seqs++;
+    a.seq_start[s + 1] = a.b.n_rows;
+    a.ctx_len[s] = slot + n;
+    for (int p = 0; p < MAX_PAGES; p++)
+        a.block_table[s * MAX_PAGES + p] = q * MAX_PAGES + MAX_PAGES - 1 - p;
+}
+
+static void forward_one(int q, int slot, const int32_t *token, int n)
+{
+    batch_clear();
+    batch_add(q, slot, token, n, (struct hidden_ref){0});
+    CHECK_OK(engine_forward(engine, &a.b));
+}
+
+static int32_t greedy_id(int logit)
+{
+    int32_t id = -1, idx = logit;
+    struct sample_row row = {.top_p = 1, .repetition = 1, .n_logprobs = -1};
+    CHECK_OK(engine_sample(engine, 1, &idx, &row, 0, &id, NULL, NULL, NULL));
+    return id;
+}
+
+static void logits_near_the_goldens(void)
+{
+    int V = weights->config.vocab;
+    float *logits = calloc((size_t)V, sizeof(float));
+    REQUIRE(logits);
+    double worst = 0;
+    for (int i = 0; i < n_cases; i++) {
+        const struct golden_case *c = &cases[i];
+        const float *want = golden_tensor(c->name, "logits_last4");
+        for (int chunk = 100; chunk <= MAX_ROWS; chunk += MAX_ROWS - 100) {
+            int last = 0;
+            for (int at = 0; at < c->n_prompt; at += chunk) {
+                last = at;
+                forward_one(0, at, c->seq + at, MIN(chunk, c->n_prompt - at));
+            }
+            for (int k = 0; k < 4; k++) {
+                int row = c->n_prompt - 4 + k - last;
+                if (row < 0)
+                    continue;
+                CHECK_OK(engine_read_logits(engine, false, row, logits));
+                double d = largest_difference(logits, want + k * V, V);
+                if (!(d <= TOLERANCE) || getenv("VERBOSE"))
+                    fprintf(stderr, "%s: chunk %d, row %d: %.3f\n", c->name, chunk, row, d);
+                worst = fmax(worst, d);
+            }
+        }
+    }
+    printf("largest difference of a logit: %.3f\n", worst);
+    CHECK_NEAR(worst, 0, TOLERANCE);
+    free(logits);
+}
+
+/* One token at a time, all cases in one batch: decode over growing sequences of different lengths.
+ */
+static void greedy_text_is_the_goldens(void)
+{
+    int n_compared = 0, n_wrong = 0, alive[16], at[16];
+    for (int i = 0; i < n_cases; i++) {
+        forward_one(i, 0, cases[i].seq, cases[i].n_prompt);
+        int32_t id = greedy_id(cases[i].n_prompt - 1);
+        at[i] = 0;
+        alive[i] = id == cases[i].seq[cases[i].n_prompt];
+        if (cases[i].margin > MARGIN) {
+            CHECK(alive[i]);
+            n_compared++;
+        }
+    }
+    for (;;) {
+        int who[16];
+        batch_clear();
+        for (int i = 0; i < n_cases; i++) {
+            const struct golden_case *c = &cases[i];
+            if (!alive[i] || at[i] + 1 >= c->n_greedy)
+                continue;
+            who[a.b.n_seqs] = i;
+            batch_add(i, c->n_prompt + at[i], c->seq + c->n_prompt + at[i], 1,
+                      (struct hidden_ref){0});
+        }
+        if (a.b.n_seqs == 0)
+            break;
+        CHECK_OK(engine_forward(engine, &a.b));
+        for (int s = 0, n = a.b.n_seqs; s < n; s++) {
+            const struct golden_case *c = &cases[who[s]];
+            int32_t id = greedy_id(s);
+            at[who[s]]++;
+            alive[who[s]] = id == c->seq[c->n_prompt + at[who[s]]];
+            if (c->margin <= MARGIN)
+                continue;
+            n_compared++;
+            if (!alive[who[s]]) {
+                n_wrong++;
+                fprintf(stderr, "%s: token %d is %d, want %d\n", c->name, at[who[s]], id,
+                        c->seq[c->n_prompt + at[who[s]]]);
+            }
+        }
+    }
+    printf("%d tokens compared, %d wrong\n", n_compared, n_wrong);
+    CHECK_INT(n_wrong, 0);
+    CHECK(n_compared > 200);
+}
+
+/* Windows as verification makes them give what single rows give, up to noise. */
+static void windows_agree_with_single_rows(void)
+{
+    int V = weights->config.vocab, most = 0;
+    for (int i = 1; i < n_cases; i++)
+        if (cases[i].n_greedy > cases[most].n_greedy)
+            most = i;
+    const struct golden_case *c = &cases[most];
+    float *alone = calloc((size_t)V * 8, sizeof(float)), *window = calloc((size_t)V, sizeof(float));
+    REQUIRE(alone && window);
+    double worst = 0;
+    forward_one(0, 0, c->seq, c->n_prompt);
+    for (int n = 2; n <= 8; n++) {
+        for (int i = 0; i < n; i++) {
+            forward_one(0, c->n_prompt + i, c->seq + c->n_prompt + i, 1);
+            CHECK_OK(engine_read_logits(engine, false, 0, alone + i * V));
+        }
+        forward_one(0, c->n_prompt, c->seq + c->n_prompt, n);
+        for (int i = 0; i < n; i++) {
+            CHECK_OK(engine_read_logits(engine, false, i, window));
+            worst = fmax(worst, largest_difference(window, alone + i * V, V));
+        }
+    }
+    printf("largest difference of a window's logit: %.3f\n", worst);
+    CHECK_NEAR(worst, 0, TOLERANCE);
+    free(alone);
+    free(window);
+}
+
+static void drafts_are_the_goldens(void)
+{
+    int n_drafts = 0, n_same = 0;
+    for (int i = 0; i < n_cases; i++) {
+        const struct golden_case *c = &cases[i];
+        int n = c->n_prompt + c->n_greedy;
+        forward_one(0, 0, c->seq, n);
+        for (int p = c->n_prompt - 1; p < n - 2; p++) {
+            int from = p == c->n_prompt - 1 ? 0 : p, prev_row = p - from;
+            int32_t d[N_DRAFTS];
+            for (int k = 0; k < N_DRAFTS; k++) {
+                batch_clear();
+                if (k == 0)
+                    batch_add(0, from, c->seq + from + 1, p + 1 - from,
+                              (struct hidden_ref){HIDDEN_MAIN, from});
+                else
+                    batch_add(0, p + k, &d[k - 1], 1,
+                              (struct hidden_ref){HIDDEN_DRAFT, k == 1 ? prev_row : 0});
+                a.logit_row[0] = a.b.n_rows - 1;
+                a.b.n_logits = 1;
+                CHECK_OK(engine_draft(engine, &a.b, a.hidden, &d[k]));
+            }
+            const json_t *want = json_array_get(c->drafts, (size_t)(p - c->n_prompt + 1));
+            for (int k = 0; k < N_DRAFTS; k++) {
+                n_drafts++;
+                n_same += d[k] == json_integer_value(json_array_get(want, (size_t)k));
+            }
+        }
+    }
+    printf("%d of %d drafts equal\n", n_same, n_drafts);
+    CHECK(n_same >= 0.97 * n_drafts);
+}
+
+static void hidden_states_travel(void)
+{
+    int H = weights->config.hidden;
+    float *out = calloc((size_t)H, sizeof(float));
+    REQUIRE(out);
+    const struct golden_case *c = &cases[0];
+    forward_one(0, 0, c->seq, c->n_prompt);
+    int last = c->n_prompt - 1;
+    CHECK_OK(engine_export_hidden(engine, last, out));
+    CHECK_OK(engine_import_hidden(engine, 1, out));
+    int32_t direct, imported;
+    for (int way = 0; way < 2; way++) {
+        batch_clear();
+        batch_add(0, last, c->seq + c->n_prompt, 1,
+                  way ? (struct hidden_ref){HIDDEN_IMPORT, 1}
+                      : (struct hidden_ref){HIDDEN_MAIN, last});
+        CHECK_OK(engine_draft(engine, &a.b, a.hidden, way ? &imported : &direct));
+    }
+    CHECK_INT(imported, direct);
+    free(out);
+}
+
+int main(int argc, char **argv)
+{
+    int n_devices = 0;
+    if (argc > 1)
+        device = argv[1];
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        printf("skipped: no CUDA device\n");
+        return 77;
+    }
+    struct model_config model;
+    const char *dir = getenv("BATON_DEMO_DIR");
+    REQUIRE(dir);
+    goldens_open();
+    CHECK_OK(model_config_load(dir, &model));
+    CHECK_OK(weights_load(dir, &model, 2, NULL, NULL, &weights));
+    REQUIRE(weights);
+    struct kv_pool_config p = {.n_pages = N_PAGES,
+                               .n_layers = (uint32_t)(model.n_layers + model.n_mtp_layers),
+                               .kv_width = KV_WIDTH,
+                               .dtype_bytes = 2};
+    size_t bytes = (size_t)N_PAGES * p.n_layers * KV_PAGE_TOKENS * KV_WIDTH * 2;
+    REQUIRE(cudaMalloc(&pool_memory, bytes) == cudaSuccess);
+    REQUIRE(cudaMemset(pool_memory, 0xff, bytes) ==
+            cudaSuccess); // NaN: unwritten slots must not count
+    p.device_memory = pool_memory;
+    struct engine_config e = {.device = device,
+                              .n_threads = 4,
+                              .max_rows = MAX_ROWS,
+                              .max_seqs = MAX_SEQS,
+                              .max_logits = MAX_ROWS,
+                              .max_imports = 2,
+                              .max_ctx = MAX_PAGES * KV_PAGE_TOKENS};
+    CHECK_OK(kv_pool_create(&p, &pool));
+    CHECK_OK(engine_create(&e, weights, pool, &engine));
+    REQUIRE(engine);
+    RUN(logits_near_the_goldens);
+    RUN(greedy_text_is_the_goldens);
+    RUN(windows_agree_with_single_rows);
+    RUN(drafts_are_the_goldens);
+    RUN(hidden_states_travel);
+    engine_destroy(engine);
+    kv_pool_destroy(pool);
+    cudaFree(pool_memory);
+    weights_destroy(weights);
+    return check_done();
+}
