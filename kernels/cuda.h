@@ -48,7 +48,7 @@ struct cu_moe_args {
     const int32_t *slot_token; // as cu_route wrote them
     const int32_t *expert_start;
     cu_bf16 *h;        // [T * (k + 1), F]
-    cu_bf16 *y;        // [T * (k + 1), H], not weighted
+    cu_bf16 *y;        // [T * (k + 1), H], not weighted; scratch of gate_up
     int32_t *work;     // cu_moe_work_bytes, zeroed once by the caller
     int T, H, F, E, k; // T: rows of this launch, chooses the tile shape
 };

@@ -11,6 +11,11 @@
  * Long contexts are split over several blocks. Each writes its unnormalised O, maximum and sum; the
  * last one to arrive at the tile's counter merges them, so no second launch is needed. The order of
  * merging is fixed: results do not depend on arrival.
+ *
+ * Measured on an H100 80GB by kernels_bench decode, 20 heads, microseconds (GB/s of pages): 64
+ * sequences of 512: 54 (700); 64 of 4096: 214 (1410), with three rows each 235; 256 of 512: 124
+ * (1220), with three rows 160. The floor is 13, 98 and 49: four barriers a page leave the loads
+ * waiting, and one block fills an SM.
  */
 #include "kernels/cuda.h"
 

@@ -4,6 +4,9 @@
  * slots (32 KB each) are double-buffered with cp.async; S and O stay in registers, softmax online in
  * fp32 (Flash-Attention). Rows of a chunk see the prefix before it: row i of n sees
  * kv_len - n + 1 + i slots. Tensor cores through mma.sync; WGMMA is the way to more.
+ *
+ * Measured on an H100 80GB by kernels_bench prefill, 20 heads, causal: 32 x 256 tokens 226 us (96
+ * TFLOP/s), 4 x 2048 1045 us (164), 8192 3645 us (189).
  */
 #include "kernels/cuda.h"
 

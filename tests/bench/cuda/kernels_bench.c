@@ -1,0 +1,402 @@
+/* kernels_bench.c: the CUDA kernels at GLM-4.7-Flash's real shapes: are they right, how fast are
+ * they.
+ *
+ * Random data throughout (zeros run faster than real data). Experts: two layers' weights (2.4 GB)
+ * in turn, so that L2 serves nothing; a few slots are compared with fp32 sums on the host.
+ * Attention: the pages of every layer in turn. Times are medians of 20 event-timed runs of the loop
+ * below.
+ *
+ *   kernels_bench [moe] [decode] [prefill]      no argument: all
+ */
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda.h"
+
+enum { H = 2048, F = 1536, E = 64, K = 4, HEADS = 20, LAYERS = 48, N_RUNS = 20 };
+#define BLOCK (1u << 22) /* values of the random block that everything is filled with */
+
+static uint16_t *block;
+static cudaStream_t stream;
+static int failures;
+
+#define CHECK(call)                                                                                \
+    do {                                                                                           \
+        cudaError_t err_ = (call);                                                                 \
+        if (err_ != cudaSuccess) {                                                                 \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_));        \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+
+static uint16_t to_bf16(float f)
+{
+    uint32_t w;
+    memcpy(&w, &f, 4);
+    return (uint16_t)((w + 0x7fff + (w >> 16 & 1)) >> 16);
+}
+
+static float from_bf16(uint16_t b)
+{
+    uint32_t w = (uint32_t)b << 16;
+    float f;
+    memcpy(&f, &w, 4);
+    return f;
+}
+
+static uint64_t random_state = 88172645463325252u;
+static uint32_t random_u32(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (uint32_t)(random_state >> 32);
+}
+static float uniform(void) { return (float)random_u32() / 2147483648.f - 1.f; }
+
+/* n values in [-scale, scale) (scale a power of two: only exponents change). The block's phase
+ * differs from array to array. */
+static uint16_t *filled(size_t n, float scale)
+{
+    uint16_t *p, *scaled = malloc(BLOCK * 2);
+    CHECK(cudaMalloc((void **)&p, n * 2));
+    for (size_t i = 0; i < BLOCK; i++)
+        scaled[i] = to_bf16(from_bf16(block[i]) * scale);
+    size_t at = 0, phase = random_u32() % (BLOCK / 2);
+    while (at < n) {
+        size_t m = BLOCK - phase < n - at ? BLOCK - phase : n - at;
+        CHECK(cudaMemcpy(p + at, scaled + phase, m * 2, cudaMemcpyHostToDevice));
+        at += m;
+        phase = random_u32() % 4096;
+    }
+    free(scaled);
+    return p;
+}
+
+static void *device(size_t bytes)
+{
+    void *p;
+    CHECK(cudaMalloc(&p, bytes));
+    CHECK(cudaMemset(p, 0xff, bytes)); // NaN: what is not written shows
+    return p;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median microseconds of fn(arg, run). */
+static float time_us(void (*fn)(void *arg, int run), void *arg)
+{
+    float us[N_RUNS];
+    cudaEvent_t begin, end;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    for (int i = 0; i < 3; i++)
+        fn(arg, i);
+    for (int i = 0; i < N_RUNS; i++) {
+        CHECK(cudaEventRecord(begin, stream));
+        fn(arg, i);
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&us[i], begin, end));
+        us[i] *= 1000;
+    }
+    qsort(us, N_RUNS, sizeof(us[0]), by_value);
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    return us[N_RUNS / 2];
+}
+
+/* ---- experts --------------------------------------------------------------------------------- */
+
+struct moe {
+    struct cu_route_args route;
+    struct cu_moe_args args[2];
+    struct cu_moe_reduce_args reduce;
+};
+
+static void run_route(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_route(&((struct moe *)arg)->route, stream));
+}
+static void run_gate_up(void *arg, int run)
+{
+    CHECK(cu_moe_gate_up(&((struct moe *)arg)->args[run & 1], stream));
+}
+static void run_down(void *arg, int run)
+{
+    CHECK(cu_moe_down(&((struct moe *)arg)->args[run & 1], stream));
+}
+static void run_reduce(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_moe_reduce(&((struct moe *)arg)->reduce, stream));
+}
+
+static float *host_floats(const uint16_t *dev, size_t n)
+{
+    uint16_t *bits = malloc(n * 2);
+    float *f = malloc(n * 4);
+    CHECK(cudaMemcpy(bits, dev, n * 2, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < n; i++)
+        f[i] = from_bf16(bits[i]);
+    free(bits);
+    return f;
+}
+
+/* Relative error of some slots' h and y against fp32 sums. NaN counts as infinite. */
+static void moe_check(const struct cu_moe_args *a, double *ret_h, double *ret_y)
+{
+    int slots = a->T * (K + 1), start[E + 2];
+    int32_t *token = malloc((size_t)slots * 4);
+    CHECK(cudaMemcpy(start, a->expert_start, sizeof(start), cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(token, a->slot_token, (size_t)slots * 4, cudaMemcpyDeviceToHost));
+    double num_h = 0, den_h = 0, num_y = 0, den_y = 0;
+    for (int n = 0; n < 6; n++) {
+        int slot = n == 0 ? 0 : n == 1 ? slots - 1 : (int)(random_u32() % (uint32_t)slots), e = 0;
+        while (slot >= start[e + 1])
+            e++;
+        float *x = host_floats(a->x + (size_t)token[slot] * H, H);
+        float *gate = host_floats(a->gate + (size_t)e * F * H, (size_t)F * H);
+        float *up = host_floats(a->up + (size_t)e * F * H, (size_t)F * H);
+        float *down = host_floats(a->down + (size_t)e * F * H, (size_t)F * H);
+        float *h = host_floats(a->h + (size_t)slot * F, F),
+              *y = host_floats(a->y + (size_t)slot * H, H);
+        for (int f = 0; f < F; f++) {
+            double g = 0, u = 0;
+            for (int i = 0; i < H; i++) {
+                g += (double)gate[(size_t)f * H + i] * x[i];
+                u += (double)up[(size_t)f * H + i] * x[i];
+            }
+            double want = g / (1 + exp(-g)) * u;
+            num_h += (h[f] - want) * (h[f] - want);
+            den_h += want * want;
+        }
+        for (int o = 0; o < H; o++) {
+            double want = 0;
+            for (int f = 0; f < F; f++)
+                want += (double)down[(size_t)o * F + f] * h[f];
+            num_y += (y[o] - want) * (y[o] - want);
+            den_y += want * want;
+        }
+        float *all[] = {x, gate, up, down, h, y};
+        for (int i = 0; i < 6; i++)
+            free(all[i]);
+    }
+    free(token);
+    *ret_h = sqrt(num_h / den_h);
+    *ret_y = sqrt(num_y / den_y);
+    if (!(*ret_h < 1e-2 && *ret_y < 1e-2))
+        failures++;
+}
+
+static void bench_moe(void)
+{
+    const int sizes[] = {1, 8, 32, 64, 128, 256, 512, 2048, 8192}, most = 8192;
+    size_t slots = (size_t)most * (K + 1), w = (size_t)(E + 1) * F * H;
+    struct moe m = {0};
+    uint16_t *x = filled((size_t)most * H, 1), *router = filled((size_t)E * H, 1.f / 32);
+    float *bias = device(E * 4);
+    CHECK(cudaMemset(bias, 0, E * 4));
+    m.route = (struct cu_route_args){.x = x,
+                                     .router = router,
+                                     .bias = bias,
+                                     .slot_token = device(slots * 4),
+                                     .slot_weight = device(slots * 4),
+                                     .token_slot = device(slots * 4),
+                                     .expert_start = device((E + 2) * 4),
+                                     .work = device(cu_route_work_bytes(most, E, K)),
+                                     .H = H,
+                                     .E = E,
+                                     .k = K,
+                                     .scale = 1.8f};
+    CHECK(cudaMemset(m.route.work, 0, cu_route_work_bytes(most, E, K)));
+    uint16_t *h = device(slots * F * 2), *y = device(slots * H * 2);
+    int32_t *work = device(cu_moe_work_bytes(most, E, K));
+    CHECK(cudaMemset(work, 0, cu_moe_work_bytes(most, E, K)));
+    for (int i = 0; i < 2; i++)
+        m.args[i] = (struct cu_moe_args){.x = x,
+                                         .gate = filled(w, 1.f / 32),
+                                         .up = filled(w, 1.f / 32),
+                                         .down = filled(w, 1.f / 32),
+                                         .slot_token = m.route.slot_token,
+                                         .expert_start = m.route.expert_start,
+                                         .h = h,
+                                         .y = y,
+                                         .work = work,
+                                         .H = H,
+                                         .F = F,
+                                         .E = E,
+                                         .k = K};
+    float *residual = device((size_t)most * H * 4);
+    CHECK(cudaMemset(residual, 0, (size_t)most * H * 4));
+    m.reduce = (struct cu_moe_reduce_args){.y = y,
+                                           .token_slot = m.route.token_slot,
+                                           .slot_weight = m.route.slot_weight,
+                                           .residual = residual,
+                                           .norm = router,
+                                           .out = device((size_t)most * H * 2),
+                                           .H = H,
+                                           .k = K,
+                                           .eps = 1e-5f};
+    printf("experts: us (GB/s of weights that are hit; TFLOP/s), relative error\n");
+    printf("%6s %9s %9s %26s %26s %8s  %s\n", "tokens", "hit", "route", "gate_up", "down", "reduce",
+           "error h, y");
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        int T = sizes[i], start[E + 2], hit = 0;
+        m.route.T = m.args[0].T = m.args[1].T = m.reduce.T = T;
+        float route = time_us(run_route, &m);
+        CHECK(cudaMemcpy(start, m.route.expert_start, sizeof(start), cudaMemcpyDeviceToHost));
+        if (start[E + 1] != T * (K + 1)) {
+            printf("%6d route made %d slots\n", T, start[E + 1]);
+            failures++;
+            continue;
+        }
+        for (int e = 0; e <= E; e++)
+            hit += start[e + 1] > start[e];
+        float gate_up = time_us(run_gate_up, &m), down = time_us(run_down, &m);
+        run_gate_up(&m, 0);
+        run_down(&m, 0);
+        float reduce = time_us(run_reduce, &m);
+        CHECK(cudaStreamSynchronize(stream));
+        double eh, ey, one = (double)F * H, rows = (double)T * (K + 1);
+        moe_check(&m.args[0], &eh, &ey);
+        printf("%6d %9d %9.1f %9.1f (%6.0f; %6.1f) %9.1f (%6.0f; %6.1f) %8.1f  %.1e %.1e\n", T, hit,
+               route, gate_up, hit * 2 * one * 2 / gate_up / 1e3, rows * 4 * one / gate_up / 1e6,
+               down, hit * one * 2 / down / 1e3, rows * 2 * one / down / 1e6, reduce, eh, ey);
+    }
+}
+
+/* ---- decode attention ------------------------------------------------------------------------ */
+
+static void run_decode(void *arg, int run)
+{
+    struct cu_mla_decode_args a = *(struct cu_mla_decode_args *)arg;
+    a.layer = run % a.n_layers;
+    CHECK(cu_mla_decode(&a, stream));
+}
+
+static void bench_decode(void)
+{
+    const struct {
+        int S, q_rows, ctx;
+    } cases[] = {{1, 1, 512},   {1, 1, 4096},  {8, 1, 4096},  {64, 1, 512}, {64, 3, 512},
+                 {64, 1, 4096}, {64, 3, 4096}, {256, 1, 512}, {256, 3, 512}};
+    printf("decode attention, %d heads: us (GB/s of pages)\n", HEADS);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        int S = cases[i].S, ctx = cases[i].ctx, pages = (ctx + 63) / 64, layers = 8;
+        struct cu_mla_decode_args a = {
+            .q = filled((size_t)S * (size_t)cases[i].q_rows * HEADS * 576, 1),
+            .pool = filled((size_t)S * (size_t)(pages * layers) * 64 * 576, 1),
+            .S = S,
+            .q_rows = cases[i].q_rows,
+            .heads = HEADS,
+            .n_pages = S * pages,
+            .n_layers = layers,
+            .max_pages = pages,
+            .max_ctx = ctx,
+            .scale = 1.f / 16};
+        size_t work = cu_mla_decode_work_bytes(S, a.q_rows, HEADS, ctx);
+        int32_t *table = malloc((size_t)(S * pages) * 4), *n_ctx = malloc((size_t)S * 4), *d;
+        for (int p = 0; p < S * pages; p++)
+            table[p] = p;
+        for (int p = S * pages - 1; p > 0; p--) {
+            int o = (int)(random_u32() % (uint32_t)(p + 1)), t = table[p];
+            table[p] = table[o];
+            table[o] = t;
+        }
+        for (int s = 0; s < S; s++)
+            n_ctx[s] = ctx;
+        d = device((size_t)(S * pages + S) * 4);
+        CHECK(cudaMemcpy(d, table, (size_t)(S * pages) * 4, cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(d + S * pages, n_ctx, (size_t)S * 4, cudaMemcpyHostToDevice));
+        a.block_table = d;
+        a.n_ctx = d + S * pages;
+        a.out = device((size_t)S * (size_t)a.q_rows * HEADS * 512 * 2);
+        a.work = device(work);
+        CHECK(cudaMemset(a.work, 0, work));
+        float us = time_us(run_decode, &a);
+        printf("%4d sequences x %d rows, context %5d: %8.1f (%5.0f)\n", S, a.q_rows, ctx, us,
+               (double)S * ctx * 1152 / us / 1e3);
+        CHECK(cudaFree((void *)a.q));
+        CHECK(cudaFree((void *)a.pool));
+        CHECK(cudaFree(d));
+        CHECK(cudaFree(a.out));
+        CHECK(cudaFree(a.work));
+        free(table);
+        free(n_ctx);
+    }
+}
+
+/* ---- prefill attention ----------------------------------------------------------------------- */
+
+static void run_prefill(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_mla_prefill(arg, stream));
+}
+
+static void bench_prefill(void)
+{
+    const int lengths[][2] = {{32, 256}, {4, 2048}, {1, 8192}};
+    printf("prefill attention, %d heads: us (TFLOP/s, causal)\n", HEADS);
+    for (int i = 0; i < 3; i++) {
+        int S = lengths[i][0], n = lengths[i][1], T = S * n, start[33];
+        for (int s = 0; s <= S; s++)
+            start[s] = s * n;
+        int32_t *d = device(sizeof(start));
+        CHECK(cudaMemcpy(d, start, sizeof(start), cudaMemcpyHostToDevice));
+        size_t size = (size_t)T * HEADS * 256;
+        struct cu_mla_prefill_args a = {.q = filled(size, 1),
+                                        .k = filled(size, 1),
+                                        .v = filled(size, 1),
+                                        .q_start = d,
+                                        .kv_start = d,
+                                        .out = device(size * 2),
+                                        .S = S,
+                                        .T = T,
+                                        .heads = HEADS,
+                                        .max_q = n,
+                                        .scale = 1.f / 16};
+        float us = time_us(run_prefill, &a);
+        double flop = (double)S * HEADS * n * (n + 1) / 2 * 256 * 4;
+        printf("%4d x %5d: %9.1f (%6.1f)\n", S, n, us, flop / us / 1e6);
+        CHECK(cudaFree((void *)a.q));
+        CHECK(cudaFree((void *)a.k));
+        CHECK(cudaFree((void *)a.v));
+        CHECK(cudaFree(a.out));
+        CHECK(cudaFree(d));
+    }
+}
+
+int main(int argc, char **argv)
+{
+    int n_devices = 0;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        printf("skipped: no CUDA device\n");
+        return 77;
+    }
+    block = malloc(BLOCK * 2);
+    for (size_t i = 0; i < BLOCK; i++)
+        block[i] = to_bf16(uniform());
+    CHECK(cudaStreamCreate(&stream));
+    const struct {
+        const char *name;
+        void (*run)(void);
+    } parts[] = {{"moe", bench_moe}, {"decode", bench_decode}, {"prefill", bench_prefill}};
+    for (int p = 0; p < 3; p++) {
+        int wanted = argc < 2;
+        for (int i = 1; i < argc; i++)
+            wanted |= !strcmp(argv[i], parts[p].name);
+        if (wanted)
+            parts[p].run();
+    }
+    return failures > 0;
+}
