@@ -173,6 +173,11 @@ cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, i
 cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid,
                       cudaStream_t stream);
 
+/* Dummy weights: value k = scale * uniform(stream, k) as common/engine/weights.c defines it, or 1
+ * where scale is 0. bf16 values are truncated. */
+cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,
+                    cudaStream_t stream);
+
 /* Latents of a sequence's slots [0, n), packed, and its roped keys: what the expanded form of
  * prefill starts from. row = position in the packed arrays. */
 struct cu_gather_kv_args {

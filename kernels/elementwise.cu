@@ -264,6 +264,29 @@ __global__ void gather_kv_kernel(cu_gather_kv_args a)
         ((Bf8 *)a.k)[((int64_t)row * a.heads + i / 8) * 32 + 24 + i % 8] = src[64 + i % 8];
 }
 
+__device__ __forceinline__ uint64_t mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= 0xbf58476d1ce4e5b9u;
+    x ^= x >> 27;
+    x *= 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+__global__ void fill_kernel(void *to, uint64_t n, uint64_t key, float scale, int is_f32)
+{
+    for (uint64_t k = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; k < n;
+         k += (uint64_t)gridDim.x * blockDim.x) {
+        float v = 1.f;
+        if (scale > 0)
+            v = scale * ((float)(int64_t)mix(key + (k + 1) * 0x9e3779b97f4a7c15u) * 0x1p-63f);
+        if (is_f32)
+            ((float *)to)[k] = v;
+        else
+            ((uint16_t *)to)[k] = (uint16_t)(__float_as_uint(v) >> 16);
+    }
+}
+
 } // namespace
 
 cudaError_t cu_embed(const cu_bf16 *table, const int32_t *token, float *residual, int T, int H,
@@ -338,5 +361,13 @@ cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream)
 {
     if (a->T_kv > 0)
         gather_kv_kernel<<<a->T_kv, 128, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,
+                    cudaStream_t stream)
+{
+    if (n > 0)
+        fill_kernel<<<132 * 8, THREADS, 0, stream>>>(to, n, stream_key, scale, is_f32);
     return cudaGetLastError();
 }

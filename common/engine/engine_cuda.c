@@ -8,7 +8,9 @@
  *   residual, norm -> [q_a | kv_a] -> norms, RoPE, page write -> q_b -> MLA -> o_proj
  *        -> add + norm -> router, experts -> reduce + add + next norm
  *
- * What a call needs from the host goes over in one copy from pinned memory.
+ * What a call needs from the host goes over in one copy from pinned memory. Decode-shaped passes
+ * are some 650 launches of a few microseconds: a shape that comes a second time is captured as a
+ * CUDA graph and replayed from then on (batch 1: see step_bench).
  */
 #include "common/engine/engine_impl.h"
 
@@ -27,6 +29,18 @@
                             */
 #define MAX_EXPANDED 65536 /* KV slots expanded at once */
 #define WORKSPACE    (32u << 20)
+#define MAX_GRAPHS   64
+
+/* What the launches of a pass depend on, apart from what the host block carries. */
+struct shape {
+    int draft, want_ids, form, n_rows, n_seqs, n_logits, q_rows, max_ctx;
+};
+
+struct graph {
+    struct shape shape;
+    cudaGraphExec_t exec; // NULL: seen once, not captured yet
+    uint64_t used;
+};
 
 struct engine_cuda {
     struct engine base;
@@ -61,6 +75,8 @@ struct engine_cuda {
     int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *row_table,
         *row_ctx, *q_start, *kv_start, *source, *idx;
     float *host_logits; // pinned, [max_logits, V]
+    struct graph graphs[MAX_GRAPHS];
+    uint64_t n_passes;
 };
 
 static struct engine_cuda *of(struct engine *e) { return (struct engine_cuda *)e; }
@@ -185,6 +201,9 @@ static void cuda_destroy(struct engine *e)
     struct engine_cuda *c = of(e);
     if (c->stream)
         cudaStreamSynchronize(c->stream);
+    for (int i = 0; i < MAX_GRAPHS; i++)
+        if (c->graphs[i].exec)
+            cudaGraphExecDestroy(c->graphs[i].exec);
     if (c->blas)
         cublasDestroy(c->blas);
     cudaFree(c->arena);
@@ -198,6 +217,13 @@ static void cuda_destroy(struct engine *e)
     free(c);
 }
 
+static enum err fill_device(void *user, const struct weights_region *r)
+{
+    struct engine_cuda *c = user;
+    CUDA(cu_fill(c->arena + r->offset, r->n, r->stream, r->scale, r->is_f32, 0));
+    return ERR_OK;
+}
+
 static enum err take_memory(struct engine_cuda *c)
 {
     const struct weights *w = c->base.w;
@@ -209,7 +235,10 @@ static enum err take_memory(struct engine_cuda *c)
         return err_set(ERR_NOMEM, "the engine needs %zu MiB of device memory, %zu MiB are free",
                        need >> 20, have >> 20);
     CUDA(cudaMalloc((void **)&c->arena, w->arena_bytes));
-    CUDA(cudaMemcpy(c->arena, w->arena, w->arena_bytes, cudaMemcpyHostToDevice));
+    if (w->reserved)
+        TRY(weights_fill(w, fill_device, c));
+    else
+        CUDA(cudaMemcpy(c->arena, w->arena, w->arena_bytes, cudaMemcpyHostToDevice));
     c->memory_bytes = parts(c, NULL);
     CUDA(cudaMalloc((void **)&c->memory, c->memory_bytes));
     parts(c, c->memory);
@@ -539,15 +568,11 @@ static enum err head(struct engine_cuda *c, const struct batch *b, const bf16_t 
                    CUDA_R_32F);
 }
 
-static enum err cuda_forward(struct engine *e, const struct batch *b)
+/* All launches of a main pass. */
+static enum err launch_forward(struct engine_cuda *c, const struct batch *b, const struct plan *p)
 {
-    struct engine_cuda *c = of(e);
-    const struct model_config *m = e->m;
-    const struct weights *w = e->w;
-    struct plan p;
-    CUDA(cudaSetDevice(c->device));
-    CUDA(cudaStreamSynchronize(c->stream)); // the host block may be written again
-    TRY(batch_upload(c, b, NULL, &p));
+    const struct model_config *m = c->base.m;
+    const struct weights *w = c->base.w;
     CUDA(cu_embed(weight(c, w->embed), on_device(c, c->token), c->residual, b->n_rows, m->hidden,
                   c->stream));
     struct cu_add_norm_args first = {.residual = c->residual,
@@ -559,25 +584,19 @@ static enum err cuda_forward(struct engine *e, const struct batch *b)
     CUDA(cu_add_norm(&first, c->stream));
     for (int i = 0; i < m->n_layers; i++) {
         bool last = i + 1 == m->n_layers;
-        TRY(layer_run(c, b, &p, i, last ? w->norm : w->layers[i + 1].input_norm,
+        TRY(layer_run(c, b, p, i, last ? w->norm : w->layers[i + 1].input_norm,
                       last ? c->hidden : c->norm));
     }
-    TRY(head(c, b, w->head, c->hidden, c->logits));
-    CUDA(cudaStreamSynchronize(c->stream));
-    return ERR_OK;
+    return head(c, b, w->head, c->hidden, c->logits);
 }
 
-static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
-                           int32_t *ret_ids)
+/* All launches of an MTP pass. */
+static enum err launch_draft(struct engine_cuda *c, const struct batch *b, const struct plan *p,
+                             bool want_ids)
 {
-    struct engine_cuda *c = of(e);
-    const struct model_config *m = e->m;
-    const struct mtp_weights *mtp = &e->w->mtp;
-    const struct layer_weights *l = &e->w->layers[m->n_layers];
-    struct plan p;
-    CUDA(cudaSetDevice(c->device));
-    CUDA(cudaStreamSynchronize(c->stream));
-    TRY(batch_upload(c, b, hidden, &p));
+    const struct model_config *m = c->base.m;
+    const struct mtp_weights *mtp = &c->base.w->mtp;
+    const struct layer_weights *l = &c->base.w->layers[m->n_layers];
     struct cu_mtp_input_args in = {
         .table = weight(c, mtp->embed),
         .token = on_device(c, c->token),
@@ -603,13 +622,101 @@ static enum err cuda_draft(struct engine *e, const struct batch *b, const struct
                                      .H = m->hidden,
                                      .eps = m->norm_eps};
     CUDA(cu_add_norm(&first, c->stream));
-    TRY(layer_run(c, b, &p, m->n_layers, mtp->head_norm, c->draft_hidden));
-    if (ret_ids) {
-        TRY(head(c, b, mtp->head, c->draft_hidden, c->draft_logits));
-        CUDA(cu_argmax(c->draft_logits, c->ids, b->n_logits, m->vocab, m->n_token_ids, c->stream));
+    TRY(layer_run(c, b, p, m->n_layers, mtp->head_norm, c->draft_hidden));
+    if (!want_ids)
+        return ERR_OK;
+    TRY(head(c, b, mtp->head, c->draft_hidden, c->draft_logits));
+    CUDA(cu_argmax(c->draft_logits, c->ids, b->n_logits, m->vocab, m->n_token_ids, c->stream));
+    return ERR_OK;
+}
+
+static enum err launch(struct engine_cuda *c, const struct batch *b, const struct plan *p,
+                       const struct shape *s)
+{
+    return s->draft ? launch_draft(c, b, p, s->want_ids) : launch_forward(c, b, p);
+}
+
+/* The slot of this shape, or the least recently used one, emptied. */
+static struct graph *graph_find(struct engine_cuda *c, const struct shape *s, bool *ret_known)
+{
+    struct graph *oldest = &c->graphs[0];
+    for (int i = 0; i < MAX_GRAPHS; i++) {
+        struct graph *g = &c->graphs[i];
+        if (g->used && !memcmp(&g->shape, s, sizeof(*s))) {
+            *ret_known = true;
+            return g;
+        }
+        if (g->used < oldest->used)
+            oldest = g;
+    }
+    if (oldest->exec)
+        cudaGraphExecDestroy(oldest->exec);
+    *oldest = (struct graph){.shape = *s};
+    *ret_known = false;
+    return oldest;
+}
+
+static enum err graph_capture(struct engine_cuda *c, const struct batch *b, const struct plan *p,
+                              struct graph *g)
+{
+    cudaGraph_t graph = NULL;
+    CUDA(cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal));
+    enum err err = launch(c, b, p, &g->shape);
+    cudaError_t ended = cudaStreamEndCapture(c->stream, &graph);
+    if (err == ERR_OK && ended != cudaSuccess)
+        err = err_set(ERR_CUDA, "capture of a decode pass: %s", cudaGetErrorString(ended));
+    if (err == ERR_OK && cudaGraphInstantiate(&g->exec, graph, 0) != cudaSuccess)
+        err = err_set(ERR_CUDA, "a decode pass of %d rows makes no graph", b->n_rows);
+    if (graph)
+        cudaGraphDestroy(graph);
+    return err;
+}
+
+/* Runs a pass: the launches themselves, or the graph of a shape that was seen before. */
+static enum err run(struct engine_cuda *c, const struct batch *b, const struct hidden_ref *hidden,
+                    bool draft, bool want_ids)
+{
+    struct plan p = {0};
+    CUDA(cudaSetDevice(c->device));
+    CUDA(cudaStreamSynchronize(c->stream)); // the host block may be written again
+    TRY(batch_upload(c, b, hidden, &p));
+    // The context only sizes how attention is split: round it, so that growing by a token is the
+    // same shape.
+    int max_ctx = KV_PAGE_TOKENS;
+    while (max_ctx < p.max_ctx)
+        max_ctx *= 2;
+    p.max_ctx = MIN(max_ctx, c->max_pages * KV_PAGE_TOKENS);
+    struct shape s = {draft,     want_ids,    p.form,   b->n_rows,
+                      b->n_seqs, b->n_logits, p.q_rows, p.max_ctx};
+    if (p.form == FORM_EXPANDED)
+        return launch(c, b, &p, &s);
+    bool known;
+    struct graph *g = graph_find(c, &s, &known);
+    g->used = ++c->n_passes;
+    if (!known)
+        return launch(c, b, &p, &s);
+    if (!g->exec)
+        TRY(graph_capture(c, b, &p, g));
+    CUDA(cudaGraphLaunch(g->exec, c->stream));
+    return ERR_OK;
+}
+
+static enum err cuda_forward(struct engine *e, const struct batch *b)
+{
+    struct engine_cuda *c = of(e);
+    TRY(run(c, b, NULL, false, false));
+    CUDA(cudaStreamSynchronize(c->stream));
+    return ERR_OK;
+}
+
+static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
+                           int32_t *ret_ids)
+{
+    struct engine_cuda *c = of(e);
+    TRY(run(c, b, hidden, true, ret_ids != NULL));
+    if (ret_ids)
         CUDA(cudaMemcpyAsync(ret_ids, c->ids, sizeof(int32_t) * (size_t)b->n_logits,
                              cudaMemcpyDeviceToHost, c->stream));
-    }
     CUDA(cudaStreamSynchronize(c->stream));
     return ERR_OK;
 }

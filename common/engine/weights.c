@@ -199,31 +199,70 @@ static float uniform(uint64_t seed, uint64_t i) // in [-1, 1)
     return (float)(int64_t)hash_mix(seed + (i + 1) * 0x9e3779b97f4a7c15u) * 0x1p-63f;
 }
 
-enum err weights_dummy(const struct model_config *config, uint64_t seed, struct weights **ret)
+enum err weights_fill(const struct weights *w, weights_fill_fn *fill, void *user)
+{
+    OWNED(weights) layout = NULL; // the plan writes pointers: not into w
+    TRY(weights_create(&w->config, &layout));
+    __attribute__((cleanup(plan_finish))) struct plan plan = {0};
+    TRY(plan_model(layout, false, false, &plan));
+    for (size_t i = 0; i < plan.n; i++) {
+        const struct entry *e = &plan.entries[i];
+        struct weights_region r = {
+            .offset = e->offset,
+            .n = e->n_bytes / (e->dtype == ST_F32 ? 4 : 2),
+            .stream = hash_mix(w->dummy_seed ^ (i + 1) * 0xd1342543de82ef95u),
+            .scale = e->is_norm       ? 0
+                     : e->n_dims == 2 ? sqrtf(3.0f / (float)e->shape[1])
+                                      : 0.1f,
+            .is_f32 = e->dtype == ST_F32,
+        };
+        TRY(fill(user, &r));
+    }
+    return ERR_OK;
+}
+
+static enum err fill_host(void *user, const struct weights_region *r)
+{
+    const struct weights *w = user;
+    float *floats = (float *)((char *)w->arena + r->offset);
+    bf16_t *halves = (bf16_t *)((char *)w->arena + r->offset);
+    for (uint64_t k = 0; k < r->n; k++) {
+        float v = r->scale > 0 ? r->scale * uniform(r->stream, k) : 1.0f;
+        uint32_t bits;
+        memcpy(&bits, &v, sizeof(bits));
+        if (r->is_f32)
+            floats[k] = v;
+        else
+            halves[k] = (bf16_t)(bits >> 16);
+    }
+    return ERR_OK;
+}
+
+/* The arena of a dummy model, not filled. */
+static enum err weights_lay_out(const struct model_config *config, uint64_t seed, bool reserved,
+                                struct weights **ret)
 {
     OWNED(weights) w = NULL;
     TRY(weights_create(config, &w));
+    w->dummy_seed = seed;
+    w->reserved = reserved;
     __attribute__((cleanup(plan_finish))) struct plan plan = {0};
     TRY(plan_model(w, false, false, &plan));
     TRY(arena_map(w, &plan));
-    for (size_t i = 0; i < plan.n; i++) {
-        const struct entry *e = &plan.entries[i];
-        uint64_t stream = hash_mix(seed ^ (i + 1) * 0xd1342543de82ef95u);
-        float scale = e->n_dims == 2 ? sqrtf(3.0f / (float)e->shape[1]) : 0.1f;
-        if (e->dtype == ST_F32) {
-            float *to = (float *)((char *)w->arena + e->offset);
-            for (uint64_t k = 0; k < e->n_bytes / 4; k++)
-                to[k] = scale * uniform(stream, k);
-            continue;
-        }
-        bf16_t *to = (bf16_t *)((char *)w->arena + e->offset);
-        for (uint64_t k = 0; k < e->n_bytes / 2; k++) {
-            float v = e->is_norm ? 1.0f : scale * uniform(stream, k);
-            uint32_t bits;
-            memcpy(&bits, &v, sizeof(bits));
-            to[k] = (bf16_t)(bits >> 16);
-        }
-    }
+    *ret = take(&w);
+    return ERR_OK;
+}
+
+enum err weights_reserve(const struct model_config *config, uint64_t seed, struct weights **ret)
+{
+    return weights_lay_out(config, seed, true, ret);
+}
+
+enum err weights_dummy(const struct model_config *config, uint64_t seed, struct weights **ret)
+{
+    OWNED(weights) w = NULL;
+    TRY(weights_lay_out(config, seed, false, &w));
+    TRY(weights_fill(w, fill_host, w));
     *ret = take(&w);
     return ERR_OK;
 }
@@ -253,10 +292,13 @@ static enum err weights_create(const struct model_config *config, struct weights
 
 static enum err arena_map(struct weights *w, const struct plan *p)
 {
-    void *arena = mmap(NULL, p->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int access = w->reserved ? PROT_NONE : PROT_READ | PROT_WRITE;
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (w->reserved ? MAP_NORESERVE : 0);
+    void *arena = mmap(NULL, p->bytes, access, flags, -1, 0);
     if (arena == MAP_FAILED)
         return err_set(ERR_NOMEM, "no memory for %" PRIu64 " bytes of weights", p->bytes);
-    madvise(arena, p->bytes, MADV_HUGEPAGE);
+    if (!w->reserved)
+        madvise(arena, p->bytes, MADV_HUGEPAGE);
     w->arena = arena;
     w->arena_bytes = p->bytes;
     for (size_t i = 0; i < p->n; i++)

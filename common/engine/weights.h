@@ -6,6 +6,8 @@
 #ifndef BATON_WEIGHTS_H
 #define BATON_WEIGHTS_H
 
+#include <stdbool.h>
+
 #include "common/base/own.h"
 #include "common/engine/model_config.h"
 #include "kernels/kernels.h"
@@ -41,6 +43,8 @@ struct weights {
     struct model_config config;
     void *arena;
     uint64_t arena_bytes;
+    bool reserved;                     /* addresses only, no memory: see weights_reserve */
+    uint64_t dummy_seed;               /* of weights_dummy and weights_reserve */
     const bf16_t *embed, *norm, *head; /* [V, H], [H], [V, H] */
     struct layer_weights *layers;      /* [n_layers + n_mtp_layers] */
     struct mtp_weights mtp;
@@ -55,6 +59,19 @@ MUST_CHECK enum err weights_load(const char *dir, const struct model_config *con
 /* Random weights of the right shapes from a seed (scaled so that activations stay finite). */
 MUST_CHECK enum err weights_dummy(const struct model_config *config, uint64_t seed,
                                   struct weights **ret);
+/* The same model as weights_dummy makes, but only its addresses: a device fills its own copy of the
+ * arena through weights_fill, so that 62 GB need not pass through host memory. */
+MUST_CHECK enum err weights_reserve(const struct model_config *config, uint64_t seed,
+                                    struct weights **ret);
+/* One tensor of a dummy model: n values at byte offset of the arena, fp32 or bf16. Value k is
+ * scale * uniform(stream, k), see weights.c; scale 0 means that all are 1. */
+struct weights_region {
+    uint64_t offset, n, stream;
+    float scale;
+    bool is_f32;
+};
+typedef enum err weights_fill_fn(void *user, const struct weights_region *r);
+MUST_CHECK enum err weights_fill(const struct weights *w, weights_fill_fn *fill, void *user);
 void weights_destroy(struct weights *w);
 DEFINE_OWNED(weights)
 

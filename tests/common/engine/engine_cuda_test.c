@@ -15,9 +15,10 @@
 #define MAX_SEQS  16
 #define MAX_PAGES 16
 #define N_PAGES   (MAX_SEQS * MAX_PAGES)
-#define MARGIN    0.3  /* smaller gaps between the two best logits are bf16 noise */
-#define TOLERANCE 0.25 /* of a logit, against fp32: 0.1 nearly everywhere, 0.2 in one case (json)  \
-                        */
+#define MARGIN    0.3 /* smaller gaps between the two best logits are bf16 noise */
+#define TOLERANCE                                                                                  \
+    0.25 /* of a logit, against fp32: 0.1 nearly everywhere, 0.2 in one case (json)                \
+          */
 
 static struct weights *weights;
 static struct kv_pool *pool;

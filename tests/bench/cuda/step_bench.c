@@ -1,0 +1,172 @@
+/* step_bench.c: whole forward passes of GLM-4.7-Flash at full size on one GPU, with dummy weights.
+ *
+ * Times are wall-clock medians of engine_forward and engine_draft as a worker calls them: upload of
+ * the batch, all launches, wait. Draws are not part of it.
+ *
+ * H100 80GB, context 512, ms by batch     1     8    32    64   128   256   prefill 32 x 256, 4 x
+ * 2048 launches one by one                7.07  12.4  20.8  23.5  26.6  30.9   157  193 replayed as
+ * graphs                 6.36  11.7  20.0  22.7  25.7  29.9   158  195 LightLLM's tuned engine 6.51
+ * 12.7  21.9  25.1  26.4  28.7   137  148 every byte read once at 3.0 TB/s   2.40   8.8  17.8  20.3
+ * 21.4  23.0 What is between: attention (a block fills an SM, see mla_decode.cu), routing (three
+ * launches), small products at batch 1, the wide expert tiles in prefill.
+ */
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+#include "check.h"
+#include "common/base/clock.h"
+#include "common/engine/engine.h"
+
+#define MAX_ROWS 8192
+#define MAX_SEQS 256
+#define MAX_CTX  2112
+#define CTX      512
+#define N_PAGES  2400
+#define N_RUNS   9
+
+static const struct model_config flash = {
+    .hidden = 2048,
+    .intermediate = 10240,
+    .moe_intermediate = 1536,
+    .n_layers = 47,
+    .n_dense_layers = 1,
+    .n_mtp_layers = 1,
+    .n_heads = 20,
+    .q_lora_rank = 768,
+    .n_experts = 64,
+    .n_experts_per_token = 4,
+    .n_shared_experts = 1,
+    .vocab = 154880,
+    .n_token_ids = 154856,
+    .max_positions = 202752,
+    .routed_scale = 1.8f,
+    .norm_eps = 1e-5f,
+    .rope_theta = 1e6f,
+    .eos = {154820, 154827, 154829},
+    .n_eos = 3,
+};
+
+static struct engine *engine;
+static int32_t token[MAX_ROWS], position[MAX_ROWS], logit_row[MAX_ROWS], ids[MAX_SEQS];
+static int32_t seq_start[MAX_SEQS + 1], ctx_len[MAX_SEQS];
+static int32_t block_table[MAX_SEQS * (MAX_CTX / KV_PAGE_TOKENS)];
+static struct hidden_ref hidden[MAX_ROWS];
+
+/* n_seqs sequences of rows rows each that end at ctx; the last row of each wants logits, or all. */
+static struct batch batch_of(int n_seqs, int rows, int ctx, bool all_logits)
+{
+    struct batch b = {.n_seqs = n_seqs,
+                      .max_pages = MAX_CTX / KV_PAGE_TOKENS,
+                      .token = token,
+                      .position = position,
+                      .seq_start = seq_start,
+                      .ctx_len = ctx_len,
+                      .block_table = block_table,
+                      .logit_row = logit_row};
+    int pages = (ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    for (int s = 0; s < n_seqs; s++) {
+        for (int i = 0; i < rows; i++) {
+            token[b.n_rows] = (int32_t)((unsigned)(s * 7919 + i * 104729 + ctx) % 150000u);
+            position[b.n_rows] = ctx - rows + i;
+            hidden[b.n_rows] = (struct hidden_ref){HIDDEN_MAIN, b.n_rows};
+            if (all_logits || i == rows - 1)
+                logit_row[b.n_logits++] = b.n_rows;
+            b.n_rows++;
+        }
+        seq_start[s + 1] = b.n_rows;
+        ctx_len[s] = ctx;
+        for (int p = 0; p < pages; p++)
+            block_table[s * b.max_pages + p] = (s * pages + p) % N_PAGES;
+    }
+    return b;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median_ms(const struct batch *b, bool draft)
+{
+    double ms[N_RUNS];
+    for (int i = -2; i < N_RUNS; i++) {
+        uint64_t begin = clock_now_us();
+        if (draft)
+            CHECK_OK(engine_draft(engine, b, hidden, ids));
+        else
+            CHECK_OK(engine_forward(engine, b));
+        if (i >= 0)
+            ms[i] = (double)(clock_now_us() - begin) / 1000;
+    }
+    qsort(ms, N_RUNS, sizeof(ms[0]), by_value);
+    return ms[N_RUNS / 2];
+}
+
+static void logits_are_finite(int n)
+{
+    float *x = malloc((size_t)flash.vocab * sizeof(float));
+    REQUIRE(x);
+    for (int i = 0; i < n; i++) {
+        double sum = 0;
+        CHECK_OK(engine_read_logits(engine, false, i, x));
+        for (int v = 0; v < flash.vocab; v++)
+            sum += fabs((double)x[v]);
+        CHECK(isfinite(sum) && sum > 0);
+    }
+    free(x);
+}
+
+int main(void)
+{
+    int n_devices = 0;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        printf("skipped: no CUDA device\n");
+        return 77;
+    }
+    struct weights *weights = NULL;
+    struct kv_pool *pool = NULL;
+    uint64_t begin = clock_now_us();
+    CHECK_OK(weights_reserve(&flash, 1, &weights));
+    struct kv_pool_config p = {
+        .n_pages = N_PAGES, .n_layers = 48, .kv_width = KV_WIDTH, .dtype_bytes = 2};
+    REQUIRE(cudaMalloc(&p.device_memory, (size_t)N_PAGES * 48 * 64 * KV_WIDTH * 2) == cudaSuccess);
+    REQUIRE(cudaMemset(p.device_memory, 0, (size_t)N_PAGES * 48 * 64 * KV_WIDTH * 2) ==
+            cudaSuccess);
+    struct engine_config e = {.device = "cuda:0",
+                              .n_threads = 1,
+                              .max_rows = MAX_ROWS,
+                              .max_seqs = MAX_SEQS,
+                              .max_logits = MAX_SEQS,
+                              .max_imports = 1,
+                              .max_ctx = MAX_CTX};
+    CHECK_OK(kv_pool_create(&p, &pool));
+    CHECK_OK(engine_create(&e, weights, pool, &engine));
+    REQUIRE(engine);
+    printf("%.1f GB of weights made in %.1f s\n", (double)weights->arena_bytes / 1e9,
+           (double)(clock_now_us() - begin) / 1e6);
+
+    const int prompts[][2] = {{1, 256}, {32, 256}, {4, 2048}};
+    for (int i = 0; i < 3; i++) {
+        struct batch b = batch_of(prompts[i][0], prompts[i][1], prompts[i][1], false);
+        double ms = median_ms(&b, false);
+        printf("prefill %3d x %4d: %8.2f ms, %8.0f tokens/s\n", prompts[i][0], prompts[i][1], ms,
+               b.n_rows / ms * 1000);
+        logits_are_finite(1);
+    }
+    const int sizes[] = {1, 8, 32, 64, 128, 256};
+    for (int i = 0; i < 6; i++) {
+        struct batch b = batch_of(sizes[i], 1, CTX, true);
+        double ms = median_ms(&b, false), draft = median_ms(&b, true);
+        printf("decode batch %3d, context %d: %6.2f ms, %6.0f tokens/s; one draft %5.2f ms\n",
+               sizes[i], CTX, ms, sizes[i] / ms * 1000, draft);
+        logits_are_finite(1);
+    }
+    struct batch b = batch_of(64, 3, CTX, true);
+    printf("verification of 64 x 3 rows: %6.2f ms\n", median_ms(&b, false));
+    engine_destroy(engine);
+    kv_pool_destroy(pool);
+    weights_destroy(weights);
+    cudaFree(p.device_memory);
+    return check_failures > 0;
+}
