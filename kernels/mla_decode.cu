@@ -1,370 +1,537 @@
 /* mla_decode.cu: attention of decode rows over paged latents, absorbed form.
  *
- * All heads of a sequence share one KV row of 576 values (K = all of it, V = its first 512), so the
- * (q_rows x heads) queries of a sequence form the rows of one matrix product: 60 of 64 rows for three
- * query positions of 20 heads. One block takes up to 64 of these rows and a range of the sequence's
- * pages; each page (64 tokens, 72 KB) is loaded once with cp.async into one of two buffers while the
- * other is used. Eight warps compute S = Q K^T (16 x 32 each), the softmax is online in fp32, and
- * each warp owns 64 columns of O += P V. Tensor cores through mma.sync: at 31 to 94 % fill this is
- * bound by memory, not by the matrix unit.
+ * A sequence's rows (query positions x heads) share one key-value head, so up to 64 of them are one
+ * tensor-core tile and its KV is read once for all: 1,152 bytes per slot and layer, which is the floor.
  *
- * Long contexts are split over several blocks. Each writes its unnormalised O, maximum and sum; the
- * last one to arrive at the tile's counter merges them, so no second launch is needed. The order of
- * merging is fixed: results do not depend on arrival.
+ * Grid: (tiles of 64 rows, groups). The pages of all sequences, laid end to end, are cut on the device
+ * into one equal stretch per group, so any mix of contexts fills the machine. A stretch may begin or
+ * end inside a sequence; then each group that holds a part leaves an unnormalised sum with its row
+ * maxima and row sums in `work`, and the last to arrive, found by a counter, adds the parts in order.
  *
- * Measured on an H100 80GB by kernels_bench decode, 20 heads, microseconds (GB/s of pages): 64
- * sequences of 512: 54 (700); 64 of 4096: 214 (1410), with three rows each 235; 256 of 512: 124
- * (1220), with three rows 160. The floor is 13, 98 and 49: four barriers a page leave the loads
- * waiting, and one block fills an SM.
+ * Block: one warp copies (a page's 64 x 576 layer slice is one tensor copy, 72 KB, two stages); two
+ * warpgroups multiply. Each takes the scores of half the page's slots, they exchange row maxima, write
+ * their half of the probabilities to shared memory, and each adds probabilities x values for half of
+ * the 512 columns. Values are the first 512 columns of the keys' tile, read transposed.
+ *
+ * Slots past n_ctx in the last page may hold anything, NaN too: their scores are masked and their
+ * values zeroed in shared memory. Rows of sequences with n_ctx 0 are left untouched; a row that sees no
+ * slot (n_ctx < q_rows) becomes zero.
  */
 #include "kernels/cuda.h"
+#include "kernels/hopper.cuh"
 
-#include <cuda_bf16.h>
+using namespace hopper;
+
+#define WIDTH       576
+#define LATENT      512
+#define PAGE        64
+#define ROWS        64
+#define TILE_BYTES  (64 * WIDTH * 2)
+#define BLOCK_BYTES (64 * 128) /* 64 rows x 64 columns */
+#define STAGES      2
+#define CONSUMERS   256
+#define THREADS     (CONSUMERS + 128) /* registers are dealt to warpgroups: a whole one for one copying warp */
+#define MAX_TILES   8
+#define PART_FLOATS (ROWS * LATENT + 2 * ROWS)
+#ifndef MIN_PAGES
+#define MIN_PAGES 2 /* shortest stretch worth a group of its own */
+#endif
 
 namespace {
 
-constexpr int ROWS = 64, TOKENS = 64, WIDTH = 576, V = 512, WARPS = 8, THREADS = WARPS * 32;
-constexpr int CHUNKS = WIDTH / 8; // 16-byte pieces of a row
-constexpr int MAX_SPLITS = 16;
-constexpr size_t MAX_TILES = 16384; // counters, at the same place for every launch
-
-struct alignas(128) Shared {
-    uint4 q[ROWS * CHUNKS];
-    uint4 kv[2][TOKENS * CHUNKS];
-    __nv_bfloat16 p[ROWS][TOKENS + 8];
-    float max_part[2][ROWS];
-    float sum_part[2][ROWS];
-    float m[ROWS], l[ROWS], scale[ROWS];
+struct Smem {
+    uint8_t q[TILE_BYTES];
+    uint8_t kv[STAGES][TILE_BYTES];
+    uint8_t p[ROWS * 128];
+    float max_part[2][ROWS], sum_part[2][ROWS];
+    uint64_t kv_full[STAGES], kv_empty[STAGES], q_full, q_empty;
     int last;
 };
 
-/* Rows are 1152 bytes, a multiple of all banks: the piece's place in its group of eight turns with the
- * row, so that eight rows of one column lie in different banks. */
-__device__ __forceinline__ int at(int row, int chunk) { return row * CHUNKS + (chunk ^ (row & 7)); }
-
-__device__ __forceinline__ uint32_t smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void load16(void *to, const void *from, bool valid)
-{
-    int n = valid ? 16 : 0; // 0: fills with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem(to)), "l"(from), "r"(n));
-}
-
-__device__ __forceinline__ void ldmatrix4(uint32_t r[4], const void *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem(p)));
-}
-
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t r[4], const void *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem(p)));
-}
-
-__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 struct Params {
-    cu_mla_decode_args a;
-    int tiles, splits, pages_per_split;
-    float *part_o;   // [S, tiles, splits, ROWS, V]
-    float2 *part_ml; // [S, tiles, splits, ROWS]
-    int *counter;    // [S, tiles], zero between launches
+    const int32_t *block_table, *n_ctx;
+    cu_bf16 *out;
+    float *part;      // [groups, tiles, 2, PART_FLOATS]
+    int32_t *counter; // [S, tiles]
+    int S, q_rows, heads, n_layers, layer, max_pages;
+    float scale_log2;
 };
 
-/* Slots that are not written yet may hold anything, NaN too: they become zeros. */
-__device__ void page_load(const Params &p, uint4 *to, int s, int page_idx, int n_ctx)
+/* Box of a 3D or 4D tensor into shared memory. */
+__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
+                                            int c1, int c2, uint64_t policy)
 {
-    int n_slots = n_ctx - page_idx * TOKENS;
-    int page = p.a.block_table[(int64_t)s * p.a.max_pages + page_idx];
-    const uint4 *from = (const uint4 *)(p.a.pool + ((int64_t)page * p.a.n_layers + p.a.layer) * TOKENS * WIDTH);
-    for (int i = threadIdx.x; i < TOKENS * CHUNKS; i += THREADS)
-        load16(&to[at(i / CHUNKS, i % CHUNKS)], from + i, i / CHUNKS < n_slots);
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+                 : "memory");
 }
 
-__global__ void __launch_bounds__(THREADS, 1) mla_decode_kernel(const __grid_constant__ Params p)
+__device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
+                                            int c1, int c2, int c3)
 {
-    extern __shared__ char raw[];
-    Shared &sh = *(Shared *)(((uintptr_t)raw + 127) & ~(uintptr_t)127);
-    const int split = blockIdx.x, tile = blockIdx.y, s = blockIdx.z;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int n_ctx = p.a.n_ctx[s];
-    if (n_ctx == 0)
-        return;
-    const int n_pages = (n_ctx + TOKENS - 1) / TOKENS;
-    const int first = split * p.pages_per_split, end = min(n_pages, first + p.pages_per_split);
-    const int n_used = (n_pages + p.pages_per_split - 1) / p.pages_per_split; // splits that have pages
-    if (first >= end)
-        return;
-    const int n_rows = min(ROWS, p.a.q_rows * p.a.heads - tile * ROWS);
-    const int64_t row0 = (int64_t)s * p.a.q_rows * p.a.heads + tile * ROWS;
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
 
-    const uint4 *q = (const uint4 *)(p.a.q + row0 * WIDTH);
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        if (i / CHUNKS < n_rows)
-            load16(&sh.q[at(i / CHUNKS, i % CHUNKS)], q + i, true);
-        else
-            sh.q[at(i / CHUNKS, i % CHUNKS)] = make_uint4(0, 0, 0, 0);
+/* Descriptor of a tile read as [K, N] with N contiguous: blocks of 64 columns BLOCK_BYTES apart. */
+__device__ __forceinline__ uint64_t desc_transposed(uint32_t tile)
+{
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)(BLOCK_BYTES >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+#define D4(i)  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
+
+/* d[64, 256] += a[64, 16] b[16, 256], b with its columns contiguous. */
+__device__ __forceinline__ void wgmma_pv(float (&d)[128], uint64_t a, uint64_t b)
+{
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+        "}, %128, %129, 1, 1, 1, 0, 1;\n"
+        : D64(0), D64(64)
+        : "l"(a), "l"(b));
+}
+
+__device__ __forceinline__ int pages_of(int n) { return n > 0 ? (n + PAGE - 1) / PAGE : 0; }
+
+/* This group's stretch [begin, end) of the pages of all sequences, and the sequence that holds `begin`
+ * with the number of pages before it. One warp's work, same result in all lanes. */
+struct Stretch {
+    int begin, end, share, s, base;
+};
+
+__device__ __forceinline__ Stretch stretch_find(const int32_t *n_ctx, int S, int group, int n_groups)
+{
+    int lane = threadIdx.x % 32, total = 0;
+    for (int s = lane; s < S; s += 32)
+        total += pages_of(n_ctx[s]);
+#pragma unroll
+    for (int o = 16; o; o >>= 1)
+        total += __shfl_xor_sync(~0u, total, o);
+    Stretch r;
+    r.share = max((total + n_groups - 1) / n_groups, MIN_PAGES);
+    r.begin = min(group * r.share, total);
+    r.end = min(r.begin + r.share, total);
+    r.s = S;
+    r.base = 0;
+    for (int s0 = 0; s0 < S && r.begin < r.end; s0 += 32) {
+        int n = s0 + lane < S ? pages_of(n_ctx[s0 + lane]) : 0, sum = n;
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            int below = __shfl_up_sync(~0u, sum, o);
+            sum += lane >= o ? below : 0;
+        }
+        unsigned past = __ballot_sync(~0u, r.base + sum > r.begin);
+        if (past) {
+            int found = __ffs(past) - 1;
+            r.s = s0 + found;
+            r.base += __shfl_sync(~0u, sum - n, found);
+            return r;
+        }
+        r.base += __shfl_sync(~0u, sum, 31);
     }
-    page_load(p, sh.kv[0], s, first, n_ctx);
-    asm volatile("cp.async.commit_group;");
-    if (threadIdx.x < ROWS) {
-        sh.m[threadIdx.x] = -INFINITY;
-        sh.l[threadIdx.x] = 0;
-    }
+    return r;
+}
 
-    float o[4][8][4]; // 64 rows x this warp's 64 columns
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                o[i][j][e] = 0;
-
-    const int sr = warp % 4 * 16, sc = warp / 4 * 32; // this warp's part of S
-    for (int page = first; page < end; page++) {
-        const uint4 *kv = sh.kv[(page - first) & 1];
-        if (page + 1 < end) {
-            page_load(p, sh.kv[(page - first + 1) & 1], s, page + 1, n_ctx);
-            asm volatile("cp.async.commit_group;");
-            asm volatile("cp.async.wait_group 1;");
-        } else {
-            asm volatile("cp.async.wait_group 0;");
-        }
-        __syncthreads();
-
-        float c[4][4] = {};
-#pragma unroll 4
-        for (int k = 0; k < WIDTH / 16; k++) {
-            uint32_t a[4], b[4];
-            ldmatrix4(a, &sh.q[at(sr + lane % 16, 2 * k + lane / 16)]);
-#pragma unroll
-            for (int n = 0; n < 2; n++) { // 16 tokens at a time
-                int token = sc + n * 16 + lane % 8 + lane / 16 * 8;
-                ldmatrix4(b, &kv[at(token, 2 * k + lane / 8 % 2)]);
-                mma(c[2 * n], a, b[0], b[1]);
-                mma(c[2 * n + 1], a, b[2], b[3]);
-            }
-        }
-        // Row r of the tile is query position r / heads: the last one sees n_ctx slots.
-        float best[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = tile * ROWS + sr + lane / 4 + h * 8;
-            int sees = n_ctx - (p.a.q_rows - 1 - row / p.a.heads);
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    int token = page * TOKENS + sc + n * 8 + lane % 4 * 2 + e;
-                    float &x = c[n][h * 2 + e];
-                    x = token < sees ? x * p.a.scale : -INFINITY;
-                    best[h] = fmaxf(best[h], x);
-                }
-            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 1));
-            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 2));
-            if (lane % 4 == 0)
-                sh.max_part[warp / 4][sr + lane / 4 + h * 8] = best[h];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = sr + lane / 4 + h * 8;
-            float m_old = sh.m[row];
-            float m_new = fmaxf(m_old, fmaxf(sh.max_part[0][row], sh.max_part[1][row]));
-            float base = m_new == -INFINITY ? 0.f : m_new, sum = 0;
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                float x0 = __expf(c[n][h * 2] - base), x1 = __expf(c[n][h * 2 + 1] - base);
-                __nv_bfloat162 packed = __floats2bfloat162_rn(x0, x1);
-                float2 kept = __bfloat1622float2(packed); // the sum is over what P V uses
-                sum += kept.x + kept.y;
-                *(__nv_bfloat162 *)&sh.p[row][sc + n * 8 + lane % 4 * 2] = packed;
-            }
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            if (lane % 4 == 0)
-                sh.sum_part[warp / 4][row] = sum;
-        }
-        __syncthreads();
-        if (threadIdx.x < ROWS) {
-            int row = threadIdx.x;
-            float m_old = sh.m[row];
-            float m_new = fmaxf(m_old, fmaxf(sh.max_part[0][row], sh.max_part[1][row]));
-            float f = m_old == -INFINITY ? 0.f : __expf(m_old - m_new);
-            sh.scale[row] = f;
-            sh.l[row] = sh.l[row] * f + sh.sum_part[0][row] + sh.sum_part[1][row];
-            sh.m[row] = m_new;
-        }
-        __syncthreads();
-
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float f0 = sh.scale[i * 16 + lane / 4], f1 = sh.scale[i * 16 + lane / 4 + 8];
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                o[i][j][0] *= f0;
-                o[i][j][1] *= f0;
-                o[i][j][2] *= f1;
-                o[i][j][3] *= f1;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < TOKENS / 16; k++) {
-            uint32_t a[4][4], b[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                ldmatrix4(a[i], &sh.p[i * 16 + lane % 16][k * 16 + lane / 16 * 8]);
-#pragma unroll
-            for (int j = 0; j < 4; j++) { // 16 columns at a time
-                int token = k * 16 + lane % 16, chunk = warp * 8 + j * 2 + lane / 16;
-                ldmatrix4_trans(b, &kv[at(token, chunk)]);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    mma(o[i][2 * j], a[i], b[0], b[1]);
-                    mma(o[i][2 * j + 1], a[i], b[2], b[3]);
+__device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUtensorMap *kv_map,
+                                           const Params &p, Smem *sm, Stretch w)
+{
+    int lane = threadIdx.x % 32, it = 0, item = 0;
+    uint64_t policy = policy_evict_first();
+    for (int u = w.begin; u < w.end; w.s++) {
+        int n = pages_of(p.n_ctx[w.s]), stop = min(n, w.end - w.base);
+        const int32_t *table = p.block_table + (int64_t)w.s * p.max_pages;
+        int ids = 0;
+        for (int i = u - w.base, k = 0; i < stop; i++, k++, it++) {
+            if (k % 32 == 0)
+                ids = i + lane < stop ? table[i + lane] : 0;
+            int row = (__shfl_sync(~0u, ids, k % 32) * p.n_layers + p.layer) * PAGE;
+            int stage = it % STAGES;
+            if (lane == 0) {
+                uint32_t full = smem_addr(&sm->kv_full[stage]);
+                mbar_wait(smem_addr(&sm->kv_empty[stage]), (it / STAGES & 1) ^ 1);
+                mbar_arrive_expect(full, TILE_BYTES);
+                tma_load_3d(smem_addr(sm->kv[stage]), kv_map, full, 0, row, 0, policy);
+                if (k == 0) { // after the first page, which need not wait for the last item's scores
+                    uint32_t q_full = smem_addr(&sm->q_full);
+                    mbar_wait(smem_addr(&sm->q_empty), (item & 1) ^ 1);
+                    mbar_arrive_expect(q_full, TILE_BYTES);
+                    tma_load_4d(smem_addr(sm->q), q_map, q_full, 0, blockIdx.x * ROWS, 0, w.s);
                 }
             }
+            __syncwarp();
         }
-        __syncthreads(); // this buffer is loaded again in the next turn
+        item += stop > u - w.base;
+        u = w.base + max(stop, u - w.base);
+        w.base += n;
     }
+}
 
-    if (n_used == 1) {
+__device__ __forceinline__ float *part_of(const Params &p, int group, int which)
+{
+    return p.part + (((int64_t)group * gridDim.x + blockIdx.x) * 2 + which) * PART_FLOATS;
+}
+
+/* A group's first item is part 0 unless the item begins after the stretch does. */
+__device__ __forceinline__ int part_which(int item_begin, int group, int share)
+{
+    return item_begin <= group * share ? 0 : 1;
+}
+
+__device__ __forceinline__ void out_write(const Params &p, int s, int row0, const float (&o)[128],
+                                          float scale0, float scale1)
+{
+    int tid = threadIdx.x, wg = tid / 128, lane = tid % 32;
+    int rows = p.q_rows * p.heads;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+    for (int half = 0; half < 2; half++) {
+        int r = blockIdx.x * ROWS + row0 + half * 8;
+        if (r >= rows)
+            continue;
+        float f = half ? scale1 : scale0;
+        __nv_bfloat162 *to = (__nv_bfloat162 *)(p.out + ((int64_t)s * rows + r) * LATENT + wg * 256) +
+                             lane % 4;
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int row = i * 16 + lane / 4 + h * 8;
-                if (row >= n_rows)
-                    continue;
-                float inv = 1.f / sh.l[row];
-                __nv_bfloat162 *out = (__nv_bfloat162 *)(p.a.out + (row0 + row) * V + warp * 64);
+        for (int j = 0; j < 32; j++)
+            to[4 * j] = __floats2bfloat162_rn(o[4 * j + 2 * half] * f, o[4 * j + 2 * half + 1] * f);
+    }
+}
+
+/* Leaves this group's part; the last group to do so for the item writes the item's rows. */
+__device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int row0, float (&o)[128],
+                                         const float (&m)[2], const float (&l)[2], int item_begin,
+                                         int item_end, int share)
+{
+    int tid = threadIdx.x, rows = p.q_rows * p.heads - blockIdx.x * ROWS, group = blockIdx.y;
+    float *part = part_of(p, group, part_which(item_begin, group, share));
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-                    out[j * 4 + lane % 4] =
-                        __floats2bfloat162_rn(o[i][j][h * 2] * inv, o[i][j][h * 2 + 1] * inv);
-            }
+    for (int half = 0; half < 2; half++) {
+        int r = row0 + 8 * half;
+        if (r >= rows)
+            continue;
+        if (tid < 128 && tid % 4 == 0) {
+            part[ROWS * LATENT + r] = m[half];
+            part[ROWS * LATENT + ROWS + r] = l[half];
+        }
+        float2 *to = (float2 *)part + tid;
+#pragma unroll
+        for (int j = 0; j < 32; j++)
+            to[(2 * j + half) * CONSUMERS] = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+    }
+    int first = item_begin / share, last = (item_end - 1) / share;
+    __threadfence();
+    named_sync(1, CONSUMERS);
+    if (tid == 0) {
+        int32_t *counter = p.counter + s * gridDim.x + blockIdx.x;
+        sm->last = atomicAdd(counter, 1) == last - first;
+        if (sm->last)
+            *counter = 0; // for the next launch
+    }
+    named_sync(1, CONSUMERS);
+    if (!sm->last)
         return;
+    __threadfence();
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    for (int g = first; g <= last; g++) {
+        const float *from = part_of(p, g, part_which(item_begin, g, share)) + ROWS * LATENT;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (row0 + 8 * half < rows)
+                top[half] = fmaxf(top[half], __ldcg(from + row0 + 8 * half));
     }
-
-    const int64_t tile_idx = (int64_t)s * p.tiles + tile;
-    float *mine = p.part_o + (tile_idx * p.splits + split) * ROWS * V;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 128; i++)
+        o[i] = 0;
+    for (int g = first; g <= last; g++) {
+        const float *from = part_of(p, g, part_which(item_begin, g, share));
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = i * 16 + lane / 4 + h * 8;
-            if (row >= n_rows)
+        for (int half = 0; half < 2; half++) {
+            int r = row0 + 8 * half;
+            if (r >= rows)
                 continue;
-            float2 *out = (float2 *)(mine + row * V + warp * 64);
+            float mg = __ldcg(from + ROWS * LATENT + r);
+            float w = mg == -INFINITY ? 0.f : exp2f((mg - top[half]) * p.scale_log2);
+            sum[half] += w * __ldcg(from + ROWS * LATENT + ROWS + r);
+            const float2 *values = (const float2 *)from + tid;
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                out[j * 4 + lane % 4] = make_float2(o[i][j][h * 2], o[i][j][h * 2 + 1]);
+            for (int j = 0; j < 32; j++) {
+                float2 v = __ldcg(values + (2 * j + half) * CONSUMERS);
+                o[4 * j + 2 * half] += w * v.x;
+                o[4 * j + 2 * half + 1] += w * v.y;
+            }
         }
-    if (threadIdx.x < ROWS)
-        p.part_ml[(tile_idx * p.splits + split) * ROWS + threadIdx.x] =
-            make_float2(sh.m[threadIdx.x], sh.l[threadIdx.x]);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int arrived = atomicAdd(&p.counter[tile_idx], 1);
-        sh.last = arrived == n_used - 1;
-        if (sh.last)
-            p.counter[tile_idx] = 0; // for the next launch
     }
-    __syncthreads();
-    if (!sh.last)
-        return;
-    __threadfence();
-    // Warps take rows; lanes take columns.
-    for (int row = warp; row < n_rows; row += WARPS) {
-        const float2 *ml = p.part_ml + tile_idx * p.splits * ROWS + row;
-        float m = -INFINITY, l = 0;
-        for (int i = 0; i < n_used; i++)
-            m = fmaxf(m, __ldcg(&ml[i * ROWS]).x);
-        float acc[V / 32] = {};
-        for (int i = 0; i < n_used; i++) {
-            float2 x = __ldcg(&ml[i * ROWS]);
-            float f = x.x == -INFINITY ? 0.f : __expf(x.x - m);
-            l += x.y * f;
-            const float *part = p.part_o + ((tile_idx * p.splits + i) * ROWS + row) * V;
-#pragma unroll
-            for (int j = 0; j < V / 32; j++)
-                acc[j] += f * __ldcg(&part[j * 32 + lane]);
+    out_write(p, s, row0, o, sum[0] > 0 ? 1.f / sum[0] : 0.f, sum[1] > 0 ? 1.f / sum[1] : 0.f);
+}
+
+__device__ __forceinline__ void attend(const Params &p, Smem *sm, Stretch w)
+{
+    int tid = threadIdx.x, wg = tid / 128, lane = tid % 32;
+    int row0 = tid / 32 % 4 * 16 + lane / 4; // and row0 + 8
+    int it = 0, item = 0;
+    uint64_t q_desc = wgmma_desc(smem_addr(sm->q));
+    uint64_t p_desc = wgmma_desc(smem_addr(sm->p));
+    float o[128], s_acc[16];
+    for (int u = w.begin; u < w.end; w.s++) {
+        int n = p.n_ctx[w.s], n_pages = pages_of(n), stop = min(n_pages, w.end - w.base);
+        int page0 = u - w.base;
+        if (page0 >= stop) {
+            w.base += n_pages;
+            continue;
         }
-        __nv_bfloat16 *out = (__nv_bfloat16 *)p.a.out + (row0 + row) * V;
+        int seen[2]; // slots that this thread's two rows see
 #pragma unroll
-        for (int j = 0; j < V / 32; j++)
-            out[j * 32 + lane] = __float2bfloat16(acc[j] / l);
+        for (int half = 0; half < 2; half++)
+            seen[half] = n - p.q_rows + 1 + (int)(blockIdx.x * ROWS + row0 + 8 * half) / p.heads;
+        float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 128; i++)
+            o[i] = 0;
+        mbar_wait(smem_addr(&sm->q_full), item & 1);
+        for (int page = page0; page < stop; page++, it++) {
+            int stage = it % STAGES;
+            uint32_t kv = smem_addr(sm->kv[stage]);
+            mbar_wait(smem_addr(&sm->kv_full[stage]), it / STAGES & 1);
+
+            uint64_t k_desc = wgmma_desc(kv + wg * 32 * 128);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < WIDTH / 16; k++) {
+                int at = k / 4 * (BLOCK_BYTES / 16) + k % 4 * 2;
+                wgmma<32>(s_acc, q_desc + at, k_desc + at, k > 0);
+            }
+            wgmma_commit();
+            int left = n - page * PAGE; // slots in this page
+            if (left < PAGE)
+                for (int i = tid; i < (PAGE - left) * 64; i += CONSUMERS) {
+                    int r = left + i / 64, c = i % 64;
+                    *(uint4 *)(sm->kv[stage] + c / 8 * BLOCK_BYTES + r * 128 + c % 8 * 16) =
+                        make_uint4(0, 0, 0, 0);
+                }
+            wgmma_wait<0>();
+            if (page == stop - 1 && lane == 0)
+                mbar_arrive(smem_addr(&sm->q_empty));
+
+            int slot = page * PAGE + wg * 32 + lane % 4 * 2;
+            if (left - PAGE < p.q_rows - 1) {
+#pragma unroll
+                for (int j = 0; j < 16; j++)
+                    if (slot + j / 4 * 8 + j % 2 >= seen[j % 4 / 2])
+                        s_acc[j] = -INFINITY;
+            }
+            float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                top[j % 4 / 2] = fmaxf(top[j % 4 / 2], s_acc[j]);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
+                top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
+                if (lane % 4 == 0)
+                    sm->max_part[wg][row0 + 8 * half] = top[half];
+            }
+            named_sync(1, CONSUMERS);
+            float alpha[2], shift[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float now = fmaxf(m[half], fmaxf(top[half], sm->max_part[wg ^ 1][row0 + 8 * half]));
+                shift[half] = now == -INFINITY ? 0.f : now * p.scale_log2;
+                alpha[half] = exp2f(m[half] * p.scale_log2 - shift[half]);
+                m[half] = now;
+                l[half] *= alpha[half];
+            }
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                s_acc[j] = exp2f(s_acc[j] * p.scale_log2 - shift[j % 4 / 2]);
+                l[j % 4 / 2] += s_acc[j];
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) { // two neighbours of one row
+                int r = row0 + j % 2 * 8, c = wg * 4 + j / 2;
+                *(__nv_bfloat162 *)(sm->p + r * 128 + ((c ^ (r & 7)) << 4) + lane % 4 * 4) =
+                    __floats2bfloat162_rn(s_acc[2 * j], s_acc[2 * j + 1]);
+            }
+            if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
+#pragma unroll
+                for (int i = 0; i < 128; i++)
+                    o[i] *= alpha[i % 4 / 2];
+            }
+            fence_async();
+            named_sync(1, CONSUMERS);
+
+            uint64_t v_desc = desc_transposed(kv + wg * 4 * BLOCK_BYTES);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < PAGE / 16; k++)
+                wgmma_pv(o, p_desc + k * 2, v_desc + k * (2048 / 16));
+            wgmma_commit();
+            wgmma_wait<0>();
+            if (lane == 0)
+                mbar_arrive(smem_addr(&sm->kv_empty[stage]));
+        }
+        item++;
+
+        // each warpgroup has the sums of its half of the slots
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            l[half] += __shfl_xor_sync(~0u, l[half], 1);
+            l[half] += __shfl_xor_sync(~0u, l[half], 2);
+            if (lane % 4 == 0)
+                sm->sum_part[wg][row0 + 8 * half] = l[half];
+        }
+        named_sync(1, CONSUMERS);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            l[half] = sm->sum_part[0][row0 + 8 * half] + sm->sum_part[1][row0 + 8 * half];
+        if (page0 == 0 && stop == n_pages)
+            out_write(p, w.s, row0, o, l[0] > 0 ? 1.f / l[0] : 0.f, l[1] > 0 ? 1.f / l[1] : 0.f);
+        else
+            part_add(p, sm, w.s, row0, o, m, l, w.base, w.base + n_pages, w.share);
+        u = w.base + stop;
+        w.base += n_pages;
     }
 }
 
-int tiles_of(int q_rows, int heads) { return (q_rows * heads + ROWS - 1) / ROWS; }
+__global__ void __launch_bounds__(THREADS, 1)
+    mla_decode_kernel(const __grid_constant__ CUtensorMap q_map,
+                      const __grid_constant__ CUtensorMap kv_map, const Params p)
+{
+    extern __shared__ uint8_t raw[];
+    Smem *sm = (Smem *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
+    if (threadIdx.x == CONSUMERS) {
+        tma_prefetch_map(&q_map);
+        tma_prefetch_map(&kv_map);
+        for (int i = 0; i < STAGES; i++) {
+            mbar_init(smem_addr(&sm->kv_full[i]), 1);
+            mbar_init(smem_addr(&sm->kv_empty[i]), CONSUMERS / 32);
+        }
+        mbar_init(smem_addr(&sm->q_full), 1);
+        mbar_init(smem_addr(&sm->q_empty), CONSUMERS / 32);
+        mbar_init_fence();
+    }
+    Stretch w = stretch_find(p.n_ctx, p.S, blockIdx.y, gridDim.y);
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        regs_shrink<40>();
+        if (threadIdx.x < CONSUMERS + 32)
+            copy_pages(&q_map, &kv_map, p, sm, w);
+    } else {
+        regs_grow<232>();
+        attend(p, sm, w);
+    }
+}
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+encode_fn find_encode()
+{
+    void *fn = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+        return nullptr;
+    return (encode_fn)fn;
+}
+
+/* A bf16 tensor whose innermost 64 values are one swizzled line. strides in bytes, from dimension 1. */
+bool encode_map(CUtensorMap *ret, const void *base, int n_dims, const cuuint64_t *dims,
+                const cuuint64_t *strides, const cuuint32_t *box)
+{
+    static encode_fn encode = find_encode();
+    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+    return encode &&
+           encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)n_dims, (void *)base, dims, strides,
+                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
 
 int sm_count()
 {
-    static int n = 0;
-    if (n == 0) {
-        int device = 0;
-        cudaGetDevice(&device);
-        cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-    }
-    return n > 0 ? n : 132;
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return 0;
+    return n;
 }
 
-/* Enough blocks for two rounds over the chip, at least two pages each. */
-int splits_of(int S, int tiles, int max_ctx)
-{
-    int pages = (max_ctx + TOKENS - 1) / TOKENS;
-    int want = (2 * sm_count() + S * tiles - 1) / (S * tiles);
-    int most = (pages + 1) / 2;
-    int n = want < most ? want : most;
-    return n < 1 ? 1 : n > MAX_SPLITS ? MAX_SPLITS : n;
-}
+int tile_count(int q_rows, int heads) { return (q_rows * heads + ROWS - 1) / ROWS; }
+
+size_t part_bytes(int n_sm) { return (size_t)n_sm * 2 * PART_FLOATS * sizeof(float); }
 
 } // namespace
 
 size_t cu_mla_decode_work_bytes(int max_S, int max_q_rows, int heads, int max_ctx)
 {
-    (void)max_ctx;
-    // Splits only happen while S x tiles leaves the chip idle: at most two rounds of blocks and one
-    // more split for each tile.
-    size_t tiles = (size_t)max_S * (size_t)tiles_of(max_q_rows, heads);
-    size_t blocks = 2 * (size_t)sm_count() + tiles;
-    return MAX_TILES * sizeof(int) + blocks * ROWS * sizeof(float2) +
-           blocks * ROWS * V * sizeof(float);
+    (void)max_ctx; // parts go by multiprocessor, not by context
+    return part_bytes(sm_count()) + (size_t)max_S * tile_count(max_q_rows, heads) * sizeof(int32_t);
 }
 
 cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t stream)
 {
-    if (a->heads < 1 || a->q_rows < 1 || a->S < 0 || a->max_ctx < 0)
-        return cudaErrorInvalidValue;
-    if (a->S == 0 || a->max_ctx == 0)
+    if (a->S == 0)
         return cudaSuccess;
-    Params p = {*a, tiles_of(a->q_rows, a->heads), 1, 0, nullptr, nullptr, nullptr};
-    int pages = (a->max_ctx + TOKENS - 1) / TOKENS;
-    p.splits = splits_of(a->S, p.tiles, a->max_ctx);
-    p.pages_per_split = (pages + p.splits - 1) / p.splits;
-    p.splits = (pages + p.pages_per_split - 1) / p.pages_per_split;
-    size_t tiles = (size_t)a->S * (size_t)p.tiles, blocks = tiles * (size_t)p.splits;
-    if (tiles > MAX_TILES)
+    int n_sm = sm_count();
+    if (a->S < 0 || a->q_rows < 1 || a->heads < 1 || a->n_pages < 1 || a->n_layers < 1 ||
+        a->layer < 0 || a->layer >= a->n_layers || a->max_pages < 1 || n_sm < MAX_TILES ||
+        tile_count(a->q_rows, a->heads) > MAX_TILES ||
+        (int64_t)a->n_pages * a->n_layers * PAGE > INT32_MAX)
         return cudaErrorInvalidValue;
-    p.counter = (int *)a->work;
-    p.part_ml = (float2 *)((char *)a->work + MAX_TILES * sizeof(int));
-    p.part_o = (float *)(p.part_ml + blocks * ROWS);
-    static const cudaError_t raised = cudaFuncSetAttribute(
-        mla_decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared) + 128);
-    if (raised != cudaSuccess)
-        return raised;
-    mla_decode_kernel<<<dim3(p.splits, p.tiles, a->S), THREADS, sizeof(Shared) + 128, stream>>>(p);
+    int tiles = tile_count(a->q_rows, a->heads), rows = a->q_rows * a->heads;
+
+    CUtensorMap q_map, kv_map;
+    const cuuint64_t kv_dims[3] = {64, (cuuint64_t)a->n_pages * a->n_layers * PAGE, WIDTH / 64};
+    const cuuint64_t kv_strides[2] = {WIDTH * 2, 128};
+    const cuuint32_t kv_box[3] = {64, PAGE, WIDTH / 64};
+    const cuuint64_t q_dims[4] = {64, (cuuint64_t)rows, WIDTH / 64, (cuuint64_t)a->S};
+    const cuuint64_t q_strides[3] = {WIDTH * 2, 128, (cuuint64_t)rows * WIDTH * 2};
+    const cuuint32_t q_box[4] = {64, ROWS, WIDTH / 64, 1};
+    if (!encode_map(&kv_map, a->pool, 3, kv_dims, kv_strides, kv_box) ||
+        !encode_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
+        return cudaErrorInvalidValue;
+
+    int64_t pages = (int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE);
+    int64_t groups = n_sm / tiles;
+    if (groups > (pages + MIN_PAGES - 1) / MIN_PAGES)
+        groups = (pages + MIN_PAGES - 1) / MIN_PAGES;
+    if (groups < 1)
+        groups = 1;
+
+    Params p;
+    p.block_table = a->block_table;
+    p.n_ctx = a->n_ctx;
+    p.out = a->out;
+    p.part = (float *)a->work;
+    p.counter = (int32_t *)((uint8_t *)a->work + part_bytes(n_sm));
+    p.S = a->S;
+    p.q_rows = a->q_rows;
+    p.heads = a->heads;
+    p.n_layers = a->n_layers;
+    p.layer = a->layer;
+    p.max_pages = a->max_pages;
+    p.scale_log2 = a->scale * 1.44269504f;
+    const int smem = sizeof(Smem) + 1024;
+    cudaError_t e =
+        cudaFuncSetAttribute(mla_decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (e != cudaSuccess)
+        return e;
+    mla_decode_kernel<<<dim3(tiles, (unsigned)groups), THREADS, smem, stream>>>(q_map, kv_map, p);
     return cudaGetLastError();
 }
