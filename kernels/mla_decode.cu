@@ -191,29 +191,111 @@ __device__ __forceinline__ int part_which(int item_begin, int group, int share)
     return item_begin <= group * share ? 0 : 1;
 }
 
-__device__ __forceinline__ void out_write(const Params &p, int s, int row0, const float (&o)[128],
-                                          float scale0, float scale1)
+/* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4])
 {
-    int tid = threadIdx.x, wg = tid / 128, lane = tid % 32;
-    int rows = p.q_rows * p.heads;
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t x = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+        w[i] = odd ? x : w[i];
+        w[i + 1] = odd ? w[i + 1] : x;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t x = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+        w[i] = high ? x : w[i];
+        w[i + 2] = high ? w[i + 2] : x;
+    }
+}
+
+__device__ __forceinline__ uint32_t two_bf16(float x, float y)
+{
+    __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+    return *(uint32_t *)&two;
+}
+
+__device__ __forceinline__ void out_write(const Params &p, int s, int row0, const float (&o)[128],
+                                          const float (&l)[2])
+{
+    int tid = threadIdx.x, wg = tid / 128, rows = p.q_rows * p.heads;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int r = blockIdx.x * ROWS + row0 + half * 8;
-        if (r >= rows)
-            continue;
-        float f = half ? scale1 : scale0;
-        __nv_bfloat162 *to = (__nv_bfloat162 *)(p.out + ((int64_t)s * rows + r) * LATENT + wg * 256) +
-                             lane % 4;
+        float f = l[half] > 0 ? 1.f / l[half] : 0.f;
+        uint4 *to = (uint4 *)(p.out + ((int64_t)s * rows + r) * LATENT + wg * 256) + tid % 4;
 #pragma unroll
-        for (int j = 0; j < 32; j++)
-            to[4 * j] = __floats2bfloat162_rn(o[4 * j + 2 * half] * f, o[4 * j + 2 * half + 1] * f);
+        for (int j = 0; j < 32; j += 4) {
+            uint32_t w[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int i = 4 * (j + k) + 2 * half;
+                w[k] = two_bf16(o[i] * f, o[i + 1] * f);
+            }
+            quad_transpose(w);
+            if (r < rows)
+                to[j] = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+    }
+}
+
+/* Adds the parts of groups first..last, in this order, into the item's rows. */
+__device__ __forceinline__ void combine(const Params &p, Smem *sm, int s, int item_begin, int first,
+                                        int last, int share)
+{
+    int tid = threadIdx.x, all_rows = p.q_rows * p.heads;
+    int rows = min(ROWS, all_rows - (int)blockIdx.x * ROWS);
+    // only the first group can hold the item as its second
+    int64_t stride = (int64_t)gridDim.x * 2 * PART_FLOATS;
+    const float *parts = part_of(p, first, 0);
+    int first_at = part_which(item_begin, first, share) * PART_FLOATS;
+
+    // maximum and sum of each row, by 4 threads; the probabilities' place is free
+    float2 *stat = (float2 *)sm->p; // [4][ROWS]
+    if (tid % ROWS < rows) {
+        float top = -INFINITY, sum = 0;
+        for (int g = first + tid / ROWS; g <= last; g += CONSUMERS / ROWS) {
+            const float *from = parts + (g - first) * stride + (g == first ? first_at : 0) +
+                                ROWS * LATENT + tid % ROWS;
+            float m = __ldcg(from), l = __ldcg(from + ROWS), now = fmaxf(top, m);
+            if (now > -INFINITY)
+                sum = sum * exp2f((top - now) * p.scale_log2) + l * exp2f((m - now) * p.scale_log2);
+            top = now;
+        }
+        stat[tid] = make_float2(top, sum);
+    }
+    named_sync(1, CONSUMERS);
+    for (int i = tid; i < rows * (LATENT / 4); i += CONSUMERS) {
+        int r = i / (LATENT / 4);
+        float top = -INFINITY, sum = 0;
+#pragma unroll
+        for (int k = 0; k < CONSUMERS / ROWS; k++)
+            top = fmaxf(top, stat[k * ROWS + r].x);
+        float shift = top == -INFINITY ? 0.f : top * p.scale_log2;
+#pragma unroll
+        for (int k = 0; k < CONSUMERS / ROWS; k++)
+            sum += stat[k * ROWS + r].y * exp2f(stat[k * ROWS + r].x * p.scale_log2 - shift);
+        float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int g = first; g <= last; g++) {
+            const float *from = parts + (g - first) * stride + (g == first ? first_at : 0);
+            float w = exp2f(__ldcg(from + ROWS * LATENT + r) * p.scale_log2 - shift);
+            float4 v = __ldcg((const float4 *)from + i);
+            o.x += w * v.x;
+            o.y += w * v.y;
+            o.z += w * v.z;
+            o.w += w * v.w;
+        }
+        float f = sum > 0 ? 1.f / sum : 0.f;
+        cu_bf16 *to = p.out + ((int64_t)s * all_rows + blockIdx.x * ROWS) * LATENT;
+        *((uint2 *)to + i) = make_uint2(two_bf16(o.x * f, o.y * f), two_bf16(o.z * f, o.w * f));
     }
 }
 
 /* Leaves this group's part; the last group to do so for the item writes the item's rows. */
-__device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int row0, float (&o)[128],
-                                         const float (&m)[2], const float (&l)[2], int item_begin,
-                                         int item_end, int share)
+__device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int row0,
+                                         const float (&o)[128], const float (&m)[2],
+                                         const float (&l)[2], int item_begin, int item_end, int share)
 {
     int tid = threadIdx.x, rows = p.q_rows * p.heads - blockIdx.x * ROWS, group = blockIdx.y;
     float *part = part_of(p, group, part_which(item_begin, group, share));
@@ -226,10 +308,10 @@ __device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int r
             part[ROWS * LATENT + r] = m[half];
             part[ROWS * LATENT + ROWS + r] = l[half];
         }
-        float2 *to = (float2 *)part + tid;
+        float2 *to = (float2 *)(part + r * LATENT + tid / 128 * 256) + tid % 4;
 #pragma unroll
         for (int j = 0; j < 32; j++)
-            to[(2 * j + half) * CONSUMERS] = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+            to[4 * j] = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
     }
     int first = item_begin / share, last = (item_end - 1) / share;
     __threadfence();
@@ -244,37 +326,7 @@ __device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int r
     if (!sm->last)
         return;
     __threadfence();
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    for (int g = first; g <= last; g++) {
-        const float *from = part_of(p, g, part_which(item_begin, g, share)) + ROWS * LATENT;
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            if (row0 + 8 * half < rows)
-                top[half] = fmaxf(top[half], __ldcg(from + row0 + 8 * half));
-    }
-#pragma unroll
-    for (int i = 0; i < 128; i++)
-        o[i] = 0;
-    for (int g = first; g <= last; g++) {
-        const float *from = part_of(p, g, part_which(item_begin, g, share));
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int r = row0 + 8 * half;
-            if (r >= rows)
-                continue;
-            float mg = __ldcg(from + ROWS * LATENT + r);
-            float w = mg == -INFINITY ? 0.f : exp2f((mg - top[half]) * p.scale_log2);
-            sum[half] += w * __ldcg(from + ROWS * LATENT + ROWS + r);
-            const float2 *values = (const float2 *)from + tid;
-#pragma unroll
-            for (int j = 0; j < 32; j++) {
-                float2 v = __ldcg(values + (2 * j + half) * CONSUMERS);
-                o[4 * j + 2 * half] += w * v.x;
-                o[4 * j + 2 * half + 1] += w * v.y;
-            }
-        }
-    }
-    out_write(p, s, row0, o, sum[0] > 0 ? 1.f / sum[0] : 0.f, sum[1] > 0 ? 1.f / sum[1] : 0.f);
+    combine(p, sm, s, item_begin, first, last, share);
 }
 
 __device__ __forceinline__ void attend(const Params &p, Smem *sm, Stretch w)
@@ -397,7 +449,7 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, Stretch w)
         for (int half = 0; half < 2; half++)
             l[half] = sm->sum_part[0][row0 + 8 * half] + sm->sum_part[1][row0 + 8 * half];
         if (page0 == 0 && stop == n_pages)
-            out_write(p, w.s, row0, o, l[0] > 0 ? 1.f / l[0] : 0.f, l[1] > 0 ? 1.f / l[1] : 0.f);
+            out_write(p, w.s, row0, o, l);
         else
             part_add(p, sm, w.s, row0, o, m, l, w.base, w.base + n_pages, w.share);
         u = w.base + stop;

@@ -1,207 +1,438 @@
-/* mla_prefill.cu: causal attention of ragged prompts in the expanded form, head dimension 256.
+/* mla_prefill.cu: causal attention of ragged prompt chunks, expanded form, head dimension 256.
  *
- * One block takes 64 rows of one sequence and head; four warps of 16 rows each. Keys and values of 64
- * slots (32 KB each) are double-buffered with cp.async; S and O stay in registers, softmax online in
- * fp32 (Flash-Attention). Rows of a chunk see the prefix before it: row i of n sees
- * kv_len - n + 1 + i slots. Tensor cores through mma.sync; WGMMA is the way to more.
+ * Block: 128 rows of one sequence and head. Two warpgroups own 64 rows each, with the 64 x 256 sums in
+ * registers; one warp copies tiles of 64 keys and 64 values, two stages each. The next tile's scores
+ * are in flight while a warpgroup still multiplies the last one's probabilities (kept in registers, as
+ * that product's first operand) with its values, and while it does the softmax.
  *
- * Measured on an H100 80GB by kernels_bench prefill, 20 heads, causal: 32 x 256 tokens 226 us (96
- * TFLOP/s), 4 x 2048 1045 us (164), 8192 3645 us (189).
+ * Tiles are aligned to the last slot that the block's rows see and go backwards, so that only the
+ * first tiles need the causal mask and no copy reaches beyond the sequence's end, whose address the
+ * host does not know. The last tile may begin before the sequence does, in its neighbour's slots (or
+ * before the array: zeros); those are masked and their values zeroed in shared memory.
+ *
+ * Grid: (row blocks, heads). Row blocks are found on the device from q_start, the longest first within
+ * a sequence; neighbours in the grid share a head's keys and values in L2.
  */
 #include "kernels/cuda.h"
+#include "kernels/hopper.cuh"
 
-#include <cuda_bf16.h>
+using namespace hopper;
+
+#define DIM         256
+#define ROWS        128 /* per block */
+#define KEYS        64  /* per tile */
+#define STAGES      2
+#define CONSUMERS   256
+#define THREADS     (CONSUMERS + 128)
+#define LINES_BYTES (64 * 128) /* 64 rows x 64 columns */
+#define TILE_BYTES  (4 * LINES_BYTES)
 
 namespace {
 
-constexpr int ROWS = 64, TOKENS = 64, D = 256, THREADS = 128, CHUNKS = D / 8;
-
-struct alignas(128) Shared {
-    uint4 q[ROWS * CHUNKS];
-    uint4 k[2][TOKENS * CHUNKS];
-    uint4 v[2][TOKENS * CHUNKS];
+struct Smem {
+    uint8_t q[2][TILE_BYTES];
+    uint8_t k[STAGES][TILE_BYTES], v[STAGES][TILE_BYTES];
+    uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
-/* Rows are 512 bytes: turn the 16-byte pieces within groups of eight by the row. */
-__device__ __forceinline__ int at(int row, int chunk) { return row * CHUNKS + (chunk ^ (row & 7)); }
+struct Params {
+    const int32_t *q_start, *kv_start;
+    cu_bf16 *out;
+    int S, heads;
+    float scale_log2;
+};
 
-__device__ __forceinline__ uint32_t smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void load16(void *to, const void *from, bool valid)
+__device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
+                                            int c1, int c2, int c3)
 {
-    int n = valid ? 16 : 0; // 0: fills with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem(to)), "l"(from), "r"(n));
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix4(uint32_t r[4], const void *p)
+/* Descriptor of a tile read as [K, N] with N contiguous: blocks of 64 columns LINES_BYTES apart. */
+__device__ __forceinline__ uint64_t desc_transposed(uint32_t tile)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem(p)));
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)(LINES_BYTES >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t r[4], const void *p)
+#define D4(i)  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
+
+/* d[64, 256] += a[64, 16] b[16, 256], a in registers, b with its columns contiguous. */
+__device__ __forceinline__ void wgmma_pv(float (&d)[128], const uint32_t *a, uint64_t b)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(smem(p)));
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+        "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
+        : D64(0), D64(64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+/* What a block works on. The rows [row0, row0 + n_rows) of the packed queries, the first of which sees
+ * the slots [kv0, kv0 + seen0) of the packed keys; the last sees n_tiles * KEYS at most. */
+struct Job {
+    int row0, n_rows, kv0, seen0, seen_end, n_tiles;
+};
+
+/* One warp's work, same result in all lanes; n_rows 0: the grid has more blocks than there is work. */
+__device__ __forceinline__ Job job_find(const Params &p, int block)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    int lane = threadIdx.x % 32;
+    Job job = {};
+    for (int s0 = 0; s0 < p.S; s0 += 32) {
+        int s = s0 + lane, n = s < p.S ? p.q_start[s + 1] - p.q_start[s] : 0;
+        int blocks = (n + ROWS - 1) / ROWS, sum = blocks;
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            int below = __shfl_up_sync(~0u, sum, o);
+            sum += lane >= o ? below : 0;
+        }
+        unsigned past = __ballot_sync(~0u, sum > block);
+        if (!past) {
+            block -= __shfl_sync(~0u, sum, 31);
+            continue;
+        }
+        int found = __ffs(past) - 1;
+        s = s0 + found;
+        n = __shfl_sync(~0u, n, found);
+        blocks = __shfl_sync(~0u, blocks, found);
+        block -= __shfl_sync(~0u, sum, found) - blocks;
+        int i0 = (blocks - 1 - block) * ROWS; // longest first
+        job.row0 = p.q_start[s] + i0;
+        job.n_rows = min(ROWS, n - i0);
+        job.kv0 = p.kv_start[s];
+        job.seen0 = p.kv_start[s + 1] - job.kv0 - n + 1 + i0;
+        job.seen_end = job.seen0 + job.n_rows - 1;
+        job.n_tiles = job.seen_end > 0 ? (job.seen_end + KEYS - 1) / KEYS : 0;
+        break;
+    }
+    return job;
 }
 
-__device__ __forceinline__ uint32_t pack(float x, float y)
+__device__ __forceinline__ void copy_tiles(const CUtensorMap *q_map, const CUtensorMap *k_map,
+                                           const CUtensorMap *v_map, Smem *sm, const Job &job, int head)
 {
-    __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
-    return *(uint32_t *)&v;
-}
-
-/* 64 rows of one head into a tile; rows from n_rows on become zeros. */
-__device__ void tile_load(uint4 *to, const cu_bf16 *from, int heads, int n_rows)
-{
-    for (int i = threadIdx.x; i < 64 * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, chunk = i % CHUNKS;
-        bool valid = row < n_rows;
-        load16(&to[at(row, chunk)], from + (int64_t)(valid ? row : 0) * heads * D + chunk * 8, valid);
+    uint32_t q_full = smem_addr(&sm->q_full);
+    mbar_arrive_expect(q_full, 2 * TILE_BYTES);
+    for (int wg = 0; wg < 2; wg++)
+        tma_load_4d(smem_addr(sm->q[wg]), q_map, q_full, 0, job.row0 + wg * 64, 0, head);
+    for (int t = 0; t < job.n_tiles; t++) {
+        int stage = t % STAGES, parity = (t / STAGES & 1) ^ 1;
+        int row = job.kv0 + job.seen_end - (t + 1) * KEYS;
+        uint32_t k_full = smem_addr(&sm->k_full[stage]), v_full = smem_addr(&sm->v_full[stage]);
+        mbar_wait(smem_addr(&sm->k_empty[stage]), parity);
+        mbar_arrive_expect(k_full, TILE_BYTES);
+        tma_load_4d(smem_addr(sm->k[stage]), k_map, k_full, 0, row, 0, head);
+        mbar_wait(smem_addr(&sm->v_empty[stage]), parity);
+        mbar_arrive_expect(v_full, TILE_BYTES);
+        tma_load_4d(smem_addr(sm->v[stage]), v_map, v_full, 0, row, 0, head);
     }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) mla_prefill_kernel(const __grid_constant__ cu_mla_prefill_args a)
+/* Gives a stage back; once per warp. */
+__device__ __forceinline__ void give(uint64_t *empty)
 {
-    extern __shared__ char raw[];
-    Shared &sh = *(Shared *)(((uintptr_t)raw + 127) & ~(uintptr_t)127);
-    const int s = blockIdx.z, h = blockIdx.y;
-    const int q0 = a.q_start[s], n_q = a.q_start[s + 1] - q0;
-    const int kv0 = a.kv_start[s], n_kv = a.kv_start[s + 1] - kv0;
-    const int tile = (gridDim.x - 1 - blockIdx.x) * ROWS; // the longest first
-    if (tile >= n_q)
-        return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int n_rows = min(ROWS, n_q - tile);
-    const int before = n_kv - n_q;                      // prefix
-    const int n_sees = min(n_kv, before + tile + n_rows); // of the tile's last row
-    const cu_bf16 *k = a.k + ((int64_t)kv0 * a.heads + h) * D;
-    const cu_bf16 *v = a.v + ((int64_t)kv0 * a.heads + h) * D;
-    const int64_t step = (int64_t)TOKENS * a.heads * D;
+    if (threadIdx.x % 32 == 0)
+        mbar_arrive(smem_addr(empty));
+}
 
-    tile_load(sh.q, a.q + ((int64_t)(q0 + tile) * a.heads + h) * D, a.heads, n_rows);
-    tile_load(sh.k[0], k, a.heads, n_kv);
-    tile_load(sh.v[0], v, a.heads, n_kv);
-    asm volatile("cp.async.commit_group;");
+struct Softmax {
+    float m[2], l[2]; // row maximum, and this thread's part of the row sum
+};
 
-    float o[32][4]; // 16 rows x 256 columns
+/* Scores to probabilities; alpha: what the sums so far must be multiplied with. */
+__device__ __forceinline__ void softmax_step(float (&s)[32], Softmax &x, float (&alpha)[2],
+                                             float scale_log2)
+{
+    float top[2] = {-INFINITY, -INFINITY}, shift[2];
 #pragma unroll
     for (int j = 0; j < 32; j++)
+        top[j % 4 / 2] = fmaxf(top[j % 4 / 2], s[j]);
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            o[j][e] = 0;
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
-    const int n_blocks = (n_sees + TOKENS - 1) / TOKENS;
-    for (int block = 0; block < n_blocks; block++) {
-        int now = block & 1;
-        if (block + 1 < n_blocks) {
-            int left = n_kv - (block + 1) * TOKENS;
-            tile_load(sh.k[now ^ 1], k + (block + 1) * step, a.heads, left);
-            tile_load(sh.v[now ^ 1], v + (block + 1) * step, a.heads, left);
-            asm volatile("cp.async.commit_group;");
-            asm volatile("cp.async.wait_group 1;");
-        } else {
-            asm volatile("cp.async.wait_group 0;");
-        }
-        __syncthreads();
+    for (int half = 0; half < 2; half++) {
+        top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
+        top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
+        float now = fmaxf(x.m[half], top[half]);
+        shift[half] = now == -INFINITY ? 0.f : now * scale_log2;
+        alpha[half] = exp2f(x.m[half] * scale_log2 - shift[half]);
+        x.m[half] = now;
+        x.l[half] *= alpha[half];
+    }
+#pragma unroll
+    for (int j = 0; j < 32; j++) {
+        s[j] = exp2f(s[j] * scale_log2 - shift[j % 4 / 2]);
+        x.l[j % 4 / 2] += s[j];
+    }
+}
 
-        float c[8][4] = {};
-#pragma unroll 4
-        for (int kk = 0; kk < D / 16; kk++) {
-            uint32_t qa[4], b[4];
-            ldmatrix4(qa, &sh.q[at(warp * 16 + lane % 16, 2 * kk + lane / 16)]);
+/* Probabilities as the first operand of the next product: its fragments are the scores' own. */
+__device__ __forceinline__ void pack(const float (&s)[32], uint32_t (&p)[16])
+{
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                int token = n * 16 + lane % 8 + lane / 16 * 8;
-                ldmatrix4(b, &sh.k[now][at(token, 2 * kk + lane / 8 % 2)]);
-                mma(c[2 * n], qa, b[0], b[1]);
-                mma(c[2 * n + 1], qa, b[2], b[3]);
+    for (int i = 0; i < 16; i++) {
+        __nv_bfloat162 two = __floats2bfloat162_rn(s[2 * i], s[2 * i + 1]);
+        p[i] = *(uint32_t *)&two;
+    }
+}
+
+/* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4])
+{
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t x = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+        w[i] = odd ? x : w[i];
+        w[i + 1] = odd ? w[i + 1] : x;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t x = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+        w[i] = high ? x : w[i];
+        w[i + 2] = high ? w[i + 2] : x;
+    }
+}
+
+__device__ __forceinline__ void scores(float (&s)[32], uint32_t q, uint32_t k)
+{
+    uint64_t q_desc = wgmma_desc(q), k_desc = wgmma_desc(k);
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < DIM / 16; i++) {
+        int at = i / 4 * (LINES_BYTES / 16) + i % 4 * 2;
+        wgmma<64>(s, q_desc + at, k_desc + at, i > 0);
+    }
+    wgmma_commit();
+}
+
+__device__ __forceinline__ void add_values(float (&o)[128], const uint32_t (&p)[16], uint32_t v)
+{
+    uint64_t v_desc = desc_transposed(v);
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++)
+        wgmma_pv(o, p + 4 * i, v_desc + i * (2048 / 16));
+    wgmma_commit();
+}
+
+/* Keeps the scores of slots that the row sees: slot in [0, seen). */
+__device__ __forceinline__ void mask(float (&s)[32], int slot, int seen)
+{
+#pragma unroll
+    for (int j = 0; j < 32; j++) {
+        int at = slot + j / 4 * 8 + j % 2;
+        if (at < 0 || at >= seen + j % 4 / 2 * 8)
+            s[j] = -INFINITY;
+    }
+}
+
+/* Values of the first n slots of the tile, which belong to another sequence, become zero. */
+__device__ __forceinline__ void zero_values(uint8_t *v, int n, int wg)
+{
+    for (int i = threadIdx.x % 128; i < n * 32; i += 128)
+        *(uint4 *)(v + i % 32 / 8 * LINES_BYTES + i / 32 * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    fence_async();
+    named_sync(1 + wg, 128);
+}
+
+__device__ __forceinline__ void attend(const Params &p, Smem *sm, const Job &job, int head)
+{
+    int tid = threadIdx.x, wg = tid / 128, lane = tid % 32;
+    int row = wg * 64 + tid / 32 % 4 * 16 + lane / 4; // of the block; and row + 8
+    int n_rows = min(64, job.n_rows - wg * 64);
+    int seen_min = job.seen0 + wg * 64, seen_max = seen_min + n_rows - 1;
+    int t = 0;
+    // tiles beyond what this warpgroup sees (all, if it has no rows)
+    for (; t < job.n_tiles && (n_rows <= 0 || job.seen_end - (t + 1) * KEYS >= seen_max); t++) {
+        mbar_wait(smem_addr(&sm->k_full[t % STAGES]), t / STAGES & 1);
+        give(&sm->k_empty[t % STAGES]);
+        mbar_wait(smem_addr(&sm->v_full[t % STAGES]), t / STAGES & 1);
+        give(&sm->v_empty[t % STAGES]);
+    }
+    if (n_rows <= 0)
+        return;
+
+    float o[128], s[32], alpha[2];
+    uint32_t prob[16];
+    Softmax x = {{-INFINITY, -INFINITY}, {0, 0}};
+#pragma unroll
+    for (int i = 0; i < 128; i++)
+        o[i] = 0;
+    uint32_t q = smem_addr(sm->q[wg]);
+    int seen = job.seen0 + row, column = lane % 4 * 2;
+    if (t < job.n_tiles) {
+        int base = job.seen_end - (t + 1) * KEYS;
+        mbar_wait(smem_addr(&sm->q_full), 0);
+        mbar_wait(smem_addr(&sm->k_full[t % STAGES]), t / STAGES & 1);
+        scores(s, q, smem_addr(sm->k[t % STAGES]));
+        wgmma_wait<0>();
+        give(&sm->k_empty[t % STAGES]);
+        if (base < 0 || base + KEYS > seen_min)
+            mask(s, base + column, seen);
+        softmax_step(s, x, alpha, p.scale_log2);
+        pack(s, prob);
+        for (t++; t < job.n_tiles; t++) {
+            int stage = t % STAGES, last = (t - 1) % STAGES;
+            base = job.seen_end - (t + 1) * KEYS;
+            mbar_wait(smem_addr(&sm->k_full[stage]), t / STAGES & 1);
+            scores(s, q, smem_addr(sm->k[stage]));
+            mbar_wait(smem_addr(&sm->v_full[last]), (t - 1) / STAGES & 1);
+            add_values(o, prob, smem_addr(sm->v[last]));
+            wgmma_wait<1>();
+            give(&sm->k_empty[stage]);
+            if (base < 0 || base + KEYS > seen_min)
+                mask(s, base + column, seen);
+            softmax_step(s, x, alpha, p.scale_log2);
+            wgmma_wait<0>();
+            give(&sm->v_empty[last]);
+            if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
+#pragma unroll
+                for (int i = 0; i < 128; i++)
+                    o[i] *= alpha[i % 4 / 2];
             }
+            pack(s, prob);
         }
-        uint32_t p[4][4]; // P as the A operand of four k-steps
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = tile + warp * 16 + lane / 4 + half * 8, sees = before + row + 1;
-            float best = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < 8; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    int token = block * TOKENS + n * 8 + lane % 4 * 2 + e;
-                    float &x = c[n][half * 2 + e];
-                    x = token < sees ? x * a.scale : -INFINITY;
-                    best = fmaxf(best, x);
-                }
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-            float m_new = fmaxf(m[half], best), base = m_new == -INFINITY ? 0.f : m_new;
-            float f = m[half] == -INFINITY ? 0.f : __expf(m[half] - base), sum = 0;
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                uint32_t x = pack(__expf(c[n][half * 2] - base), __expf(c[n][half * 2 + 1] - base));
-                float2 kept = __bfloat1622float2(*(__nv_bfloat162 *)&x);
-                sum += kept.x + kept.y;
-                p[n / 2][n % 2 * 2 + half] = x;
-            }
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            l[half] = l[half] * f + sum;
-            m[half] = m_new;
-#pragma unroll
-            for (int j = 0; j < 32; j++) {
-                o[j][half * 2] *= f;
-                o[j][half * 2 + 1] *= f;
-            }
-        }
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++)
-#pragma unroll
-            for (int j = 0; j < 16; j++) {
-                uint32_t b[4];
-                ldmatrix4_trans(b, &sh.v[now][at(kk * 16 + lane % 16, j * 2 + lane / 16)]);
-                mma(o[2 * j], p[kk], b[0], b[1]);
-                mma(o[2 * j + 1], p[kk], b[2], b[3]);
-            }
-        __syncthreads();
+        int last = (t - 1) % STAGES;
+        mbar_wait(smem_addr(&sm->v_full[last]), (t - 1) / STAGES & 1);
+        if (base < 0)
+            zero_values(sm->v[last], -base, wg);
+        add_values(o, prob, smem_addr(sm->v[last]));
+        wgmma_wait<0>();
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = warp * 16 + lane / 4 + half * 8;
-        if (row >= n_rows)
-            continue;
-        float inv = 1.f / l[half];
-        __nv_bfloat162 *out =
-            (__nv_bfloat162 *)(a.out + ((int64_t)(q0 + tile + row) * a.heads + h) * D);
+        float sum = x.l[half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        float f = sum > 0 ? 1.f / sum : 0.f;
+        int r = row + 8 * half;
+        uint4 *to = (uint4 *)(p.out + ((int64_t)(job.row0 + r) * p.heads + head) * DIM) + lane % 4;
 #pragma unroll
-        for (int j = 0; j < 32; j++)
-            out[j * 4 + lane % 4] =
-                __floats2bfloat162_rn(o[j][half * 2] * inv, o[j][half * 2 + 1] * inv);
+        for (int j = 0; j < 32; j += 4) {
+            uint32_t w[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int i = 4 * (j + k) + 2 * half;
+                __nv_bfloat162 two = __floats2bfloat162_rn(o[i] * f, o[i + 1] * f);
+                w[k] = *(uint32_t *)&two;
+            }
+            quad_transpose(w);
+            if (r < job.n_rows)
+                to[j] = make_uint4(w[0], w[1], w[2], w[3]);
+        }
     }
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    mla_prefill_kernel(const __grid_constant__ CUtensorMap q_map,
+                       const __grid_constant__ CUtensorMap k_map,
+                       const __grid_constant__ CUtensorMap v_map, const Params p)
+{
+    extern __shared__ uint8_t raw[];
+    Smem *sm = (Smem *)(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
+    Job job = job_find(p, blockIdx.x);
+    if (job.n_rows == 0)
+        return;
+    if (threadIdx.x == CONSUMERS) {
+        tma_prefetch_map(&q_map);
+        tma_prefetch_map(&k_map);
+        tma_prefetch_map(&v_map);
+        mbar_init(smem_addr(&sm->q_full), 1);
+        for (int i = 0; i < STAGES; i++) {
+            mbar_init(smem_addr(&sm->k_full[i]), 1);
+            mbar_init(smem_addr(&sm->v_full[i]), 1);
+            mbar_init(smem_addr(&sm->k_empty[i]), CONSUMERS / 32);
+            mbar_init(smem_addr(&sm->v_empty[i]), CONSUMERS / 32);
+        }
+        mbar_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        regs_shrink<24>();
+        if (threadIdx.x == CONSUMERS)
+            copy_tiles(&q_map, &k_map, &v_map, sm, job, blockIdx.y);
+    } else {
+        regs_grow<240>();
+        attend(p, sm, job, blockIdx.y);
+    }
+}
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+encode_fn find_encode()
+{
+    void *fn = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+        return nullptr;
+    return (encode_fn)fn;
+}
+
+/* [rows, heads, 256] as (64 columns, row, quarter, head), in boxes of 64 rows of one head. */
+bool encode_map(CUtensorMap *ret, const void *base, uint64_t rows, int heads)
+{
+    static encode_fn encode = find_encode();
+    const cuuint64_t dims[4] = {64, rows, DIM / 64, (cuuint64_t)heads};
+    const cuuint64_t strides[3] = {(cuuint64_t)heads * DIM * 2, 128, DIM * 2};
+    const cuuint32_t box[4] = {64, 64, DIM / 64, 1}, steps[4] = {1, 1, 1, 1};
+    return encode &&
+           encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)base, dims, strides, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 } // namespace
 
 cudaError_t cu_mla_prefill(const struct cu_mla_prefill_args *a, cudaStream_t stream)
 {
-    if (a->heads < 1 || a->S < 0 || a->max_q < 0 || a->S > 65535)
-        return cudaErrorInvalidValue;
-    if (a->S == 0 || a->max_q == 0)
+    if (a->S == 0 || a->T == 0)
         return cudaSuccess;
-    static const cudaError_t raised = cudaFuncSetAttribute(
-        mla_prefill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared) + 128);
-    if (raised != cudaSuccess)
-        return raised;
-    mla_prefill_kernel<<<dim3((a->max_q + ROWS - 1) / ROWS, a->heads, a->S), THREADS,
-                         sizeof(Shared) + 128, stream>>>(*a);
+    if (a->S < 0 || a->T < 0 || a->heads < 1 || a->heads > 65535)
+        return cudaErrorInvalidValue;
+    CUtensorMap q_map, k_map, v_map;
+    const uint64_t unbounded = 1u << 28; // no copy goes past a sequence's end
+    if (!encode_map(&q_map, a->q, (uint64_t)a->T, a->heads) ||
+        !encode_map(&k_map, a->k, unbounded, a->heads) ||
+        !encode_map(&v_map, a->v, unbounded, a->heads))
+        return cudaErrorInvalidValue;
+    Params p;
+    p.q_start = a->q_start;
+    p.kv_start = a->kv_start;
+    p.out = a->out;
+    p.S = a->S;
+    p.heads = a->heads;
+    p.scale_log2 = a->scale * 1.44269504f;
+    const int smem = sizeof(Smem) + 1024;
+    cudaError_t e =
+        cudaFuncSetAttribute(mla_prefill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (e != cudaSuccess)
+        return e;
+    // blocks of S sequences with T rows in all: at most this many
+    int64_t blocks = (int64_t)a->T / ROWS + a->S;
+    int64_t by_longest = (int64_t)a->S * ((a->max_q + ROWS - 1) / ROWS);
+    if (by_longest < blocks)
+        blocks = by_longest;
+    if (blocks < 1)
+        return cudaErrorInvalidValue;
+    mla_prefill_kernel<<<dim3((unsigned)blocks, a->heads), THREADS, smem, stream>>>(q_map, k_map, v_map,
+                                                                                   p);
     return cudaGetLastError();
 }
