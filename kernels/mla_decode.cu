@@ -32,7 +32,11 @@ using namespace hopper;
 #define CONSUMERS   256
 #define THREADS     (CONSUMERS + 128) /* registers are dealt to warpgroups: a whole one for one copying warp */
 #define MAX_TILES   8
+#define BATCH       3 /* combine: groups of 8 rows at a time */
 #define PART_FLOATS (ROWS * LATENT + 2 * ROWS)
+#ifndef PARTS_PER_PAGE
+#define PARTS_PER_PAGE 6
+#endif
 #ifndef MIN_PAGES
 #define MIN_PAGES 2 /* shortest stretch worth a group of its own */
 #endif
@@ -115,14 +119,21 @@ struct Stretch {
 
 __device__ __forceinline__ Stretch stretch_find(const int32_t *n_ctx, int S, int group, int n_groups)
 {
-    int lane = threadIdx.x % 32, total = 0;
-    for (int s = lane; s < S; s += 32)
-        total += pages_of(n_ctx[s]);
+    int lane = threadIdx.x % 32, total = 0, longest = 0;
+    for (int s = lane; s < S; s += 32) {
+        int n = pages_of(n_ctx[s]);
+        total += n;
+        longest = max(longest, n);
+    }
 #pragma unroll
-    for (int o = 16; o; o >>= 1)
+    for (int o = 16; o; o >>= 1) {
         total += __shfl_xor_sync(~0u, total, o);
+        longest = max(longest, __shfl_xor_sync(~0u, longest, o));
+    }
     Stretch r;
-    r.share = max((total + n_groups - 1) / n_groups, MIN_PAGES);
+    // adding up one part costs about a sixth of a page, and one block adds all of an item
+    int worth = max((int)ceilf(sqrtf((float)longest / PARTS_PER_PAGE)), MIN_PAGES);
+    r.share = max((total + n_groups - 1) / n_groups, worth);
     r.begin = min(group * r.share, total);
     r.end = min(r.begin + r.share, total);
     r.s = S;
@@ -189,6 +200,13 @@ __device__ __forceinline__ float *part_of(const Params &p, int group, int which)
 __device__ __forceinline__ int part_which(int item_begin, int group, int share)
 {
     return item_begin <= group * share ? 0 : 1;
+}
+
+/* Where a part keeps the sums of columns 256 half + 16 j + 2 (lane % 4) + {0, 1, 8, 9} of row r, in
+ * quadruples: the order in which a warp holds them, so that it writes whole lines. */
+__device__ __forceinline__ int part_at(int r, int half, int j, int lane)
+{
+    return ((r / 8 * 2 + half) * 16 + j) * 32 + lane;
 }
 
 /* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
@@ -265,30 +283,69 @@ __device__ __forceinline__ void combine(const Params &p, Smem *sm, int s, int it
         stat[tid] = make_float2(top, sum);
     }
     named_sync(1, CONSUMERS);
-    for (int i = tid; i < rows * (LATENT / 4); i += CONSUMERS) {
-        int r = i / (LATENT / 4);
-        float top = -INFINITY, sum = 0;
+    // BATCH groups of 8 rows at a time, all their loads in flight; of each, a thread has 4 quadruples
+    int warp = tid / 32, lane = tid % 32;
+    for (int r0 = lane / 4; r0 - lane / 4 < rows; r0 += 8 * BATCH) {
+        float shift[BATCH], f[BATCH];
+        float4 o[BATCH][4];
 #pragma unroll
-        for (int k = 0; k < CONSUMERS / ROWS; k++)
-            top = fmaxf(top, stat[k * ROWS + r].x);
-        float shift = top == -INFINITY ? 0.f : top * p.scale_log2;
+        for (int b = 0; b < BATCH; b++) {
+            int r = min(r0 + 8 * b, rows - 1);
+            float top = -INFINITY, sum = 0;
 #pragma unroll
-        for (int k = 0; k < CONSUMERS / ROWS; k++)
-            sum += stat[k * ROWS + r].y * exp2f(stat[k * ROWS + r].x * p.scale_log2 - shift);
-        float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 4
+            for (int k = 0; k < CONSUMERS / ROWS; k++)
+                top = fmaxf(top, stat[k * ROWS + r].x);
+            shift[b] = top == -INFINITY ? 0.f : top * p.scale_log2;
+#pragma unroll
+            for (int k = 0; k < CONSUMERS / ROWS; k++)
+                sum += stat[k * ROWS + r].y * exp2f(stat[k * ROWS + r].x * p.scale_log2 - shift[b]);
+            f[b] = sum > 0 ? 1.f / sum : 0.f;
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                o[b][k] = make_float4(0, 0, 0, 0);
+        }
         for (int g = first; g <= last; g++) {
             const float *from = parts + (g - first) * stride + (g == first ? first_at : 0);
-            float w = exp2f(__ldcg(from + ROWS * LATENT + r) * p.scale_log2 - shift);
-            float4 v = __ldcg((const float4 *)from + i);
-            o.x += w * v.x;
-            o.y += w * v.y;
-            o.z += w * v.z;
-            o.w += w * v.w;
+            float w[BATCH];
+            float4 v[BATCH][4];
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int r = r0 + 8 * b;
+                if (r >= rows)
+                    continue;
+                w[b] = __ldcg(from + ROWS * LATENT + r);
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    v[b][k] = __ldcg((const float4 *)from + part_at(r, (warp + 8 * k) / 16,
+                                                                    (warp + 8 * k) % 16, lane));
+            }
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                if (r0 + 8 * b >= rows)
+                    continue;
+                w[b] = exp2f(w[b] * p.scale_log2 - shift[b]);
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    o[b][k].x += w[b] * v[b][k].x;
+                    o[b][k].y += w[b] * v[b][k].y;
+                    o[b][k].z += w[b] * v[b][k].z;
+                    o[b][k].w += w[b] * v[b][k].w;
+                }
+            }
         }
-        float f = sum > 0 ? 1.f / sum : 0.f;
-        cu_bf16 *to = p.out + ((int64_t)s * all_rows + blockIdx.x * ROWS) * LATENT;
-        *((uint2 *)to + i) = make_uint2(two_bf16(o.x * f, o.y * f), two_bf16(o.z * f, o.w * f));
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int r = r0 + 8 * b;
+            if (r >= rows)
+                continue;
+            uint32_t *to = (uint32_t *)(p.out + ((int64_t)s * all_rows + blockIdx.x * ROWS + r) * LATENT);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int at = (warp + 8 * k) * 8 + lane % 4; // in pairs of columns
+                to[at] = two_bf16(o[b][k].x * f[b], o[b][k].y * f[b]);
+                to[at + 4] = two_bf16(o[b][k].z * f[b], o[b][k].w * f[b]);
+            }
+        }
     }
 }
 
@@ -308,10 +365,12 @@ __device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int r
             part[ROWS * LATENT + r] = m[half];
             part[ROWS * LATENT + ROWS + r] = l[half];
         }
-        float2 *to = (float2 *)(part + r * LATENT + tid / 128 * 256) + tid % 4;
 #pragma unroll
-        for (int j = 0; j < 32; j++)
-            to[4 * j] = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+        for (int j = 0; j < 16; j++) {
+            int i = 8 * j + 2 * half;
+            ((float4 *)part)[part_at(r, tid / 128, j, tid % 32)] =
+                make_float4(o[i], o[i + 1], o[i + 4], o[i + 5]);
+        }
     }
     int first = item_begin / share, last = (item_end - 1) / share;
     __threadfence();
