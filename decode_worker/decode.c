@@ -320,8 +320,11 @@ static void settle(struct decode *d, struct stream *st)
     }
     if (st->checksum) {
         uint64_t sum = 0;
-        for (uint32_t i = 0; i < st->n_pages; i++)
-            sum = kv_page_checksum(d->pool, st->pages[i], sum, i);
+        enum err err = kv_pool_checksum(d->pool, st->pages, st->n_pages, 0, &sum);
+        if (err != ERR_OK) {
+            stream_fail(d, st, err, err_text(err));
+            return;
+        }
         if ((sum ? sum : 1) != st->checksum) {
             log_error("kv", "req=%016" PRIx64 " pages arrived damaged", st->req_id);
             stream_fail(d, st, ERR_CHECKSUM, "KV pages arrived damaged");
@@ -635,6 +638,10 @@ static bool step(struct decode *d)
                        : speculate_step(d->speculate, d->batch, n);
     if (err != ERR_OK) {
         log_error("engine", "decode step failed: %s", err_text(err));
+        if (err == ERR_CUDA) { // nothing works on the device any more: others take the streams
+            worker_quit(d->worker, 1, err_text(err));
+            return false;
+        }
         for (int i = 0; i < n; i++)
             stream_fail(d, d->batch[i], err, err_meaning(err));
         return true;

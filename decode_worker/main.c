@@ -13,6 +13,7 @@ static void worker_drop(struct worker **w) { worker_destroy(*w); }
 
 static enum err run(const struct config *config, int *ret_exit)
 {
+    OWNED(device) device = NULL;
     OWNED(weights) weights = NULL;
     OWNED(kv_pool) pool = NULL;
     OWNED(engine) engine = NULL;
@@ -21,26 +22,29 @@ static enum err run(const struct config *config, int *ret_exit)
 
     struct setup setup;
     TRY(setup_model(config, &weights, &setup));
-    TRY(setup_pool(config, &setup, NULL, &pool));
+    device = setup.device;
     int n_streams = (int)config->running_max_req_size;
     int n_rows = n_streams * ((int)config->mtp_step + 1);
-    struct worker_config w = {.role = WIRE_DECODE, .config = config};
-    setup_hello(config, &setup, pool, &w.hello);
-    w.hello.max_running = (uint32_t)n_streams;
-    w.hello.mtp_step = (uint32_t)config->mtp_step;
-    TRY(worker_create(&w, &worker));
     struct engine_config e = {
-        .device = config->device,
+        .device = device,
         .n_threads = (int)config->threads,
         .max_rows = n_rows,
         .max_seqs = n_streams,
         .max_logits = n_rows,
         .max_imports = n_streams,
         .max_ctx = (int)setup.max_total_tokens,
+        .max_seq_rows = (int)config->mtp_step + 1,
+        .max_graph_rows = (int)(config->graph_max_batch_size * (config->mtp_step + 1)),
         .inner_norm_eps = (float)config->inner_norm_eps,
-        .progress = worker_computing,
-        .progress_user = worker,
     };
+    TRY(setup_pool(config, &setup, weights, &e, NULL, &pool));
+    struct worker_config w = {.role = WIRE_DECODE, .config = config};
+    setup_hello(config, &setup, pool, &w.hello);
+    w.hello.max_running = (uint32_t)n_streams;
+    w.hello.mtp_step = (uint32_t)config->mtp_step;
+    TRY(worker_create(&w, &worker));
+    e.progress = worker_computing;
+    e.progress_user = worker;
     TRY(engine_create(&e, weights, pool, &engine));
     struct decode_config d = {
         .config = config,

@@ -178,6 +178,10 @@ cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_vali
 cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,
                     cudaStream_t stream);
 
+/* sums[i] = hash_sum64 of the page_bytes (a multiple of 16) at base + pages[i] * page_bytes. */
+cudaError_t cu_page_sums(const void *base, uint64_t page_bytes, const uint32_t *pages, int n,
+                         uint64_t *sums, cudaStream_t stream);
+
 /* Latents of a sequence's slots [0, n), packed, and its roped keys: what the expanded form of
  * prefill starts from. row = position in the packed arrays. */
 struct cu_gather_kv_args {

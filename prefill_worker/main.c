@@ -18,6 +18,7 @@ static void worker_drop(struct worker **w) { worker_destroy(*w); }
 
 static enum err run(struct config *config, int *ret_exit)
 {
+    OWNED(device) device = NULL;
     OWNED(weights) weights = NULL;
     OWNED(kv_pool) pool = NULL;
     OWNED(engine) engine = NULL;
@@ -31,18 +32,12 @@ static enum err run(struct config *config, int *ret_exit)
     id = hash_bytes(id, config->name, strlen(config->name));
     snprintf(shm_name, sizeof(shm_name), "/baton-kv-%016" PRIx64, id);
     TRY(setup_model(config, &weights, &setup));
-    const char *shm = setup.transports & WIRE_KV_SHM ? shm_name : NULL;
+    device = setup.device;
+    const char *shm = setup.transports & (WIRE_KV_SHM | WIRE_KV_IPC) ? shm_name : NULL;
     int64_t chunk = MIN(config->chunked_prefill_size, (int64_t)setup.max_total_tokens);
     config->chunked_prefill_size = chunk;
-    TRY(setup_pool(config, &setup, shm, &pool));
-    struct worker_config w = {.role = WIRE_PREFILL, .config = config};
-    setup_hello(config, &setup, pool, &w.hello);
-    w.hello.max_running = (uint32_t)config->max_prefill_queue;
-    w.hello.chunk_tokens = (uint32_t)chunk;
-    w.hello.mtp_step = config->mtp_step > 0;
-    TRY(worker_create(&w, &worker));
     struct engine_config e = {
-        .device = config->device,
+        .device = device,
         .n_threads = (int)config->threads,
         .max_rows = (int)chunk,
         .max_seqs = MAX_PROMPTS,
@@ -50,9 +45,16 @@ static enum err run(struct config *config, int *ret_exit)
         .max_imports = 0,
         .max_ctx = (int)setup.max_total_tokens,
         .inner_norm_eps = (float)config->inner_norm_eps,
-        .progress = worker_computing,
-        .progress_user = worker,
     };
+    TRY(setup_pool(config, &setup, weights, &e, shm, &pool));
+    struct worker_config w = {.role = WIRE_PREFILL, .config = config};
+    setup_hello(config, &setup, pool, &w.hello);
+    w.hello.max_running = (uint32_t)config->max_prefill_queue;
+    w.hello.chunk_tokens = (uint32_t)chunk;
+    w.hello.mtp_step = config->mtp_step > 0;
+    TRY(worker_create(&w, &worker));
+    e.progress = worker_computing;
+    e.progress_user = worker;
     TRY(engine_create(&e, weights, pool, &engine));
     struct prefill_config p = {
         .config = config,

@@ -446,10 +446,11 @@ static void push(struct prefill *p, struct prompt *q)
     uint32_t n_complete = computed ? q->n_pages : q->n_done / KV_PAGE_TOKENS;
     while (q->n_pushed < n_complete) {
         uint32_t n = MIN(n_complete - q->n_pushed, WIRE_MAX_PAGES);
-        if (p->checksum)
-            for (uint32_t i = 0; i < n; i++)
-                q->checksum = kv_page_checksum(p->pool, q->pages[q->n_pushed + i], q->checksum,
-                                               q->n_pushed + i);
+        if (p->checksum && kv_pool_checksum(p->pool, q->pages + q->n_pushed, n, q->n_pushed,
+                                            &q->checksum) != ERR_OK) {
+            prompt_fail(q, ERR_CUDA);
+            return;
+        }
         if (handoff_out_push(p->handoff, q->peer, q->req_id, q->attempt, q->id,
                              q->pages + q->n_pushed, q->grant + q->n_pushed, n) != ERR_OK) {
             prompt_fail(q, ERR_PEER_LOST);
@@ -596,6 +597,10 @@ static void prompt_computed(struct prefill *p, struct prompt *q)
 static void fail_parts(struct prefill *p, uint32_t n_parts, enum err err)
 {
     log_error("engine", "chunk failed: %s", err_text(err));
+    if (err == ERR_CUDA) { // nothing works on the device any more: others take the prompts
+        worker_quit(p->worker, 1, err_text(err));
+        return;
+    }
     for (uint32_t i = 0; i < n_parts; i++)
         prompt_fail(p->part[i], err);
 }
@@ -628,7 +633,7 @@ static bool compute_chunk(struct prefill *p)
     enum err err = engine_forward(p->engine, &b);
     if (err != ERR_OK) {
         fail_parts(p, n_parts, err);
-        return true;
+        return err != ERR_CUDA;
     }
 
     int logit = 0;
@@ -657,7 +662,7 @@ static bool compute_chunk(struct prefill *p)
             err = engine_draft(p->engine, &b, p->hidden_ref, NULL);
         if (err != ERR_OK) {
             fail_parts(p, n_parts, err);
-            return true;
+            return err != ERR_CUDA;
         }
     }
     p->beat.n_steps++;

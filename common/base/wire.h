@@ -251,7 +251,7 @@ struct wire_join {
     uint32_t transports;
     uint32_t zero;
     struct wire_fingerprint fingerprint;
-    char address[WIRE_MAX_ADDRESS]; // shm: name of the sender's pool object; else ""
+    char address[WIRE_MAX_ADDRESS]; // shm, ipc: name of the sender's pool; else ""
 };
 
 struct wire_joined {
@@ -279,7 +279,7 @@ struct wire_pages {
  * n_logprobs >= 0. hidden is the main model's, after the final norm, at the last input position:
  * what the MTP layer needs to make the first draft. */
 struct wire_ready {
-    uint64_t checksum; // of all pushed pages, see kv_page_checksum; 0 = not computed
+    uint64_t checksum; // of all pushed pages, see kv_pool_checksum; 0 = not computed
     uint32_t n_pages;  // pushed in all
     uint32_t n_hidden;
     int32_t token;

@@ -8,22 +8,20 @@ static enum err batch_check(const struct engine *e, const struct batch *b);
 static enum err hidden_check(const struct engine *e, const struct batch *b,
                              const struct hidden_ref *hidden);
 
-/* "cpu" or "cuda:N"; -1 is the CPU. */
-static enum err device_parse(const char *device, int *ret)
+static struct engine base_of(const struct engine_config *c, const struct weights *w)
 {
-    char *end;
-    if (!strcmp(device, "cpu")) {
-        *ret = -1;
-        return ERR_OK;
-    }
-    if (!strncmp(device, "cuda:", 5) && device[5] >= '0' && device[5] <= '9') {
-        long n = strtol(device + 5, &end, 10);
-        if (!*end && n < 64) {
-            *ret = (int)n;
-            return ERR_OK;
-        }
-    }
-    return err_set(ERR_INVALID, "device %s: must be cpu or cuda:N", device);
+    struct engine e = {.config = *c, .w = w, .m = &w->config};
+    if (!c->max_seq_rows)
+        e.config.max_seq_rows = c->max_rows;
+    if (!(c->inner_norm_eps > 0))
+        e.config.inner_norm_eps = w->config.norm_eps;
+    return e;
+}
+
+uint64_t engine_device_bytes(const struct engine_config *c, const struct weights *w)
+{
+    struct engine base = base_of(c, w);
+    return c->device ? c->device->ops->engine_bytes(&base) : 0;
 }
 
 enum err engine_create(const struct engine_config *c, const struct weights *w, struct kv_pool *pool,
@@ -31,14 +29,14 @@ enum err engine_create(const struct engine_config *c, const struct weights *w, s
 {
     const struct model_config *m = &w->config;
     const struct kv_pool_config *p = kv_pool_get_config(pool);
-    int device = -1;
-    TRY(device_parse(c->device, &device));
+    if (c->device != p->device || c->device != w->device)
+        return err_set(ERR_INVALID, "engine, weights and KV pages are not on the same device");
     if (c->max_rows < 1 || c->max_seqs < 1 || c->max_logits < 1 || c->max_imports < 0 ||
         c->max_ctx < 1)
         return err_set(ERR_INVALID,
                        "an engine for %d rows, %d sequences, %d logits, %d imports, %d tokens",
                        c->max_rows, c->max_seqs, c->max_logits, c->max_imports, c->max_ctx);
-    uint32_t value_bytes = device < 0 ? 4 : 2;
+    uint32_t value_bytes = c->device ? 2 : 4;
     if (p->kv_width != KV_WIDTH || p->dtype_bytes != value_bytes ||
         p->n_layers < (uint32_t)m->n_layers ||
         p->n_layers > (uint32_t)(m->n_layers + m->n_mtp_layers))
@@ -46,22 +44,12 @@ enum err engine_create(const struct engine_config *c, const struct weights *w, s
                        "KV pages of %u layers x %u values x %u bytes, the model needs %d x %d x %u",
                        p->n_layers, p->kv_width, p->dtype_bytes, m->n_layers, KV_WIDTH,
                        value_bytes);
-    struct engine base = {
-        .config = *c,
-        .w = w,
-        .m = m,
-        .kv_layers = (int)p->n_layers,
-        .n_pages = (int)p->n_pages,
-    };
-    if (!(c->inner_norm_eps > 0))
-        base.config.inner_norm_eps = m->norm_eps;
-    if (device < 0)
-        return engine_cpu_create(&base, pool, ret);
-#ifdef BATON_CUDA
-    return engine_cuda_create(&base, device, pool, ret);
-#else
-    return err_set(ERR_INVALID, "device %s: this build has only the CPU engine", c->device);
-#endif
+    struct engine base = base_of(c, w);
+    base.kv_layers = (int)p->n_layers;
+    base.n_pages = (int)p->n_pages;
+    if (c->device)
+        return c->device->ops->engine(&base, c->device, pool, ret);
+    return engine_cpu_create(&base, pool, ret);
 }
 
 void engine_destroy(struct engine *e)

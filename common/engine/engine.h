@@ -21,13 +21,15 @@
 struct engine;
 
 struct engine_config {
-    const char *device;           /* "cpu" */
-    int n_threads;                /* 0 = one per core */
+    struct device *device;        /* the pool's and the weights'; NULL: the CPU */
+    int n_threads;                /* of the CPU; 0 = one per core */
     int max_rows;                 /* largest batch, in rows */
     int max_seqs;                 /* largest batch, in sequences */
     int max_logits;               /* most rows whose logits are wanted at once */
     int max_imports;              /* slots for imported hidden rows */
     int max_ctx;                  /* longest sequence in tokens */
+    int max_seq_rows;             /* most rows of one sequence in a batch; 0 = max_rows */
+    int max_graph_rows;           /* largest batch replayed as a CUDA graph; 0 = none */
     float inner_norm_eps;         /* 0 = norm_eps */
     void (*progress)(void *user); /* called between layers on the caller's thread, or NULL */
     void *progress_user;
@@ -48,6 +50,8 @@ struct batch {
 /* weights and pool must outlive the engine. ERR_INVALID for a device this build cannot use. */
 MUST_CHECK enum err engine_create(const struct engine_config *c, const struct weights *w,
                                   struct kv_pool *pool, struct engine **ret);
+/* What an engine will take of its device's memory beside weights and pages; 0 on the CPU. */
+uint64_t engine_device_bytes(const struct engine_config *c, const struct weights *w);
 void engine_destroy(struct engine *e);
 DEFINE_OWNED(engine)
 

@@ -12,26 +12,34 @@
  * are some 650 launches of a few microseconds: a shape that comes a second time is captured as a
  * CUDA graph and replayed from then on (batch 1: see step_bench).
  */
-#include "common/engine/engine_impl.h"
+#include "common/engine/device_cuda.h"
 
 #include <cublas_v2.h>
-#include <cuda_runtime_api.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/base/own.h"
-#include "kernels/cuda.h"
+#include "common/engine/engine_impl.h"
 
 #define ALIGN 256
 #define ROWS_AS_DECODE                                                                             \
-    1024                   /* ragged batches up to here use the decode kernel, a row a sequence    \
-                            */
-#define MAX_EXPANDED 65536 /* KV slots expanded at once */
-#define WORKSPACE    (32u << 20)
-#define MAX_GRAPHS   64
+    2048                 /* ragged batches up to here use the decode kernel, a row a sequence      \
+                          */
+#define SHORT_ROWS    16 /* sequences with fewer rows are never worth expanding keys for */
+#define WORKSPACE     (32u << 20)
+#define MAX_GRAPHS    256
+#define GRAPH_BYTES   (512ull << 20) /* kept free for them */
+#define LIBRARY_BYTES (256ull << 20) /* kept free for code that the libraries load later */
 
-/* What the launches of a pass depend on, apart from what the host block carries. */
+enum attention_form {
+    FORM_DECODE,   // sequences of q_rows rows each
+    FORM_ROWS,     // every row as a sequence of its own
+    FORM_EXPANDED, // long ragged sequences
+};
+
+/* What the launches of a pass depend on, apart from what the host block carries. n_seqs: of the
+ * attention; max_ctx: whole pages, bounds every context. */
 struct shape {
     int draft, want_ids, form, n_rows, n_seqs, n_logits, q_rows, max_ctx;
 };
@@ -51,7 +59,7 @@ struct engine_cuda {
     int max_pages; // of one sequence
     struct par *par;
 
-    char *arena; // copy of the weights
+    const char *arena; // the weights
     char *memory;
     size_t memory_bytes;
     /* rows */
@@ -70,10 +78,10 @@ struct engine_cuda {
     int32_t *route_work, *moe_work;
     void *blas_work, *mla_work;
     int n_expanded;
-    /* what a batch brings from the host, one block: see batch_upload */
+    /* what a batch brings from the host, one block: see block_lay_out */
     int32_t *host, *dev;
-    int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *row_table,
-        *row_ctx, *q_start, *kv_start, *source, *idx;
+    int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *q_start,
+        *kv_start, *source, *idx;
     float *host_logits; // pinned, [max_logits, V]
     struct graph graphs[MAX_GRAPHS];
     uint64_t n_passes;
@@ -81,12 +89,6 @@ struct engine_cuda {
 
 static struct engine_cuda *of(struct engine *e) { return (struct engine_cuda *)e; }
 
-#define CUDA(call)                                                                                 \
-    do {                                                                                           \
-        cudaError_t cuda_ = (call);                                                                \
-        if (cuda_ != cudaSuccess)                                                                  \
-            return err_set(ERR_CUDA, "%s: %s", #call, cudaGetErrorString(cuda_));                  \
-    } while (0)
 #define BLAS(call)                                                                                 \
     do {                                                                                           \
         cublasStatus_t blas_ = (call);                                                             \
@@ -95,6 +97,14 @@ static struct engine_cuda *of(struct engine *e) { return (struct engine_cuda *)e
     } while (0)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
+
+static size_t mla_work_bytes(const struct engine_cuda *c)
+{
+    const struct engine_config *g = &c->base.config;
+    int heads = c->base.m->n_heads, rows = MIN(g->max_rows, ROWS_AS_DECODE);
+    return MAX(cu_mla_decode_work_bytes(g->max_seqs, 8, heads, g->max_ctx),
+               cu_mla_decode_work_bytes(rows, 1, heads, g->max_ctx));
+}
 
 /* Cuts base into the engine's arrays (base NULL: only adds up). Returns the bytes. */
 static size_t parts(struct engine_cuda *c, char *base)
@@ -105,7 +115,6 @@ static size_t parts(struct engine_cuda *c, char *base)
     size_t heads = (size_t)m->n_heads, E = (size_t)m->n_experts, k = (size_t)m->n_experts_per_token;
     size_t F = (size_t)m->moe_intermediate, I = (size_t)m->intermediate;
     size_t slots = R * (k + 1), X = (size_t)c->n_expanded, L = (size_t)g->max_logits;
-    int rows_as_seqs = MAX(g->max_seqs, MIN(g->max_rows, ROWS_AS_DECODE));
     const struct {
         void *to;
         size_t bytes;
@@ -141,7 +150,7 @@ static size_t parts(struct engine_cuda *c, char *base)
         {&c->route_work, cu_route_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->moe_work, cu_moe_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->blas_work, WORKSPACE},
-        {&c->mla_work, cu_mla_decode_work_bytes(rows_as_seqs, 8, m->n_heads, g->max_ctx)},
+        {&c->mla_work, mla_work_bytes(c)},
     };
     for (size_t i = 0; i < ARRAY_LEN(list); i++) {
         if (base) {
@@ -153,12 +162,11 @@ static size_t parts(struct engine_cuda *c, char *base)
     return at;
 }
 
-/* Arrays of the host block; the device block has the same layout. */
-static size_t host_parts(struct engine_cuda *c, int32_t *base)
+/* Cuts the host block into arrays for a pass; the device block has the same layout. The places
+ * depend on the pass's shape only, as those of a captured graph must. Returns the values. */
+static size_t block_lay_out(struct engine_cuda *c, int32_t *base, const struct shape *s)
 {
-    const struct engine_config *g = &c->base.config;
-    size_t R = (size_t)g->max_rows, S = (size_t)g->max_seqs, at = 0;
-    size_t D = MIN(R, (size_t)ROWS_AS_DECODE), P = (size_t)c->max_pages;
+    size_t R = (size_t)s->n_rows, S = (size_t)s->n_seqs, at = 0;
     const struct {
         int32_t **to;
         size_t n;
@@ -167,22 +175,32 @@ static size_t host_parts(struct engine_cuda *c, int32_t *base)
         {&c->position, R},
         {&c->slot_page, R},
         {&c->slot_row, R},
-        {&c->logit_row, (size_t)g->max_logits},
-        {&c->block_table, S * P},
-        {&c->n_ctx, S},
-        {&c->row_table, D * P},
-        {&c->row_ctx, D},
-        {&c->q_start, 2 * S + 1},
-        {&c->kv_start, 2 * S + 1},
         {&c->source, R},
         {&c->idx, R},
+        {&c->logit_row, (size_t)s->n_logits},
+        {&c->n_ctx, S},
+        {&c->q_start, s->form == FORM_EXPANDED ? 2 * S + 1 : 0},
+        {&c->kv_start, s->form == FORM_EXPANDED ? 2 * S + 1 : 0},
+        {&c->block_table, S * (size_t)(s->max_ctx / KV_PAGE_TOKENS)},
     };
     for (size_t i = 0; i < ARRAY_LEN(list); i++) {
-        if (base)
-            *list[i].to = base + at;
+        *list[i].to = base + at;
         at += (list[i].n + 63) / 64 * 64;
     }
     return at;
+}
+
+/* The most that any pass needs. */
+static size_t block_values(struct engine_cuda *c)
+{
+    const struct engine_config *g = &c->base.config;
+    return block_lay_out(
+        c, NULL,
+        &(struct shape){.form = FORM_EXPANDED,
+                        .n_rows = g->max_rows,
+                        .n_seqs = MAX(g->max_seqs, MIN(g->max_rows, ROWS_AS_DECODE)),
+                        .n_logits = g->max_logits,
+                        .max_ctx = c->max_pages * KV_PAGE_TOKENS});
 }
 
 static int32_t *on_device(const struct engine_cuda *c, const int32_t *host)
@@ -206,7 +224,6 @@ static void cuda_destroy(struct engine *e)
             cudaGraphExecDestroy(c->graphs[i].exec);
     if (c->blas)
         cublasDestroy(c->blas);
-    cudaFree(c->arena);
     cudaFree(c->memory);
     cudaFree(c->dev);
     cudaFreeHost(c->host);
@@ -217,28 +234,16 @@ static void cuda_destroy(struct engine *e)
     free(c);
 }
 
-static enum err fill_device(void *user, const struct weights_region *r)
-{
-    struct engine_cuda *c = user;
-    CUDA(cu_fill(c->arena + r->offset, r->n, r->stream, r->scale, r->is_f32, 0));
-    return ERR_OK;
-}
-
 static enum err take_memory(struct engine_cuda *c)
 {
-    const struct weights *w = c->base.w;
     const struct engine_config *g = &c->base.config;
-    size_t need = w->arena_bytes + parts(c, NULL), host_bytes = host_parts(c, NULL) * 4;
+    size_t need = parts(c, NULL), host_bytes = block_values(c) * 4;
     size_t have = 0, total = 0;
     CUDA(cudaMemGetInfo(&have, &total));
     if (need + host_bytes > have)
-        return err_set(ERR_NOMEM, "the engine needs %zu MiB of device memory, %zu MiB are free",
-                       need >> 20, have >> 20);
-    CUDA(cudaMalloc((void **)&c->arena, w->arena_bytes));
-    if (w->reserved)
-        TRY(weights_fill(w, fill_device, c));
-    else
-        CUDA(cudaMemcpy(c->arena, w->arena, w->arena_bytes, cudaMemcpyHostToDevice));
+        return err_set(ERR_NOMEM,
+                       "the engine's workspaces need %zu MiB of device memory, %zu MiB are free",
+                       (need + host_bytes) >> 20, have >> 20);
     c->memory_bytes = parts(c, NULL);
     CUDA(cudaMalloc((void **)&c->memory, c->memory_bytes));
     parts(c, c->memory);
@@ -248,12 +253,9 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMemset(
         c->route_work, 0,
         cu_route_work_bytes(g->max_rows, c->base.m->n_experts, c->base.m->n_experts_per_token)));
-    int rows_as_seqs = MAX(g->max_seqs, MIN(g->max_rows, ROWS_AS_DECODE));
-    CUDA(cudaMemset(c->mla_work, 0,
-                    cu_mla_decode_work_bytes(rows_as_seqs, 8, c->base.m->n_heads, g->max_ctx)));
+    CUDA(cudaMemset(c->mla_work, 0, mla_work_bytes(c)));
     CUDA(cudaMallocHost((void **)&c->host, host_bytes));
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
-    host_parts(c, c->host);
     CUDA(cudaMallocHost((void **)&c->host_logits,
                         (size_t)g->max_logits * (size_t)c->base.m->vocab * sizeof(float)));
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
@@ -297,71 +299,118 @@ static enum err head_product(struct engine_cuda *c, const cu_bf16 *x, int x_row,
 
 /* ---- a batch --------------------------------------------------------------------------------- */
 
-enum attention_form { FORM_DECODE, FORM_ROWS, FORM_EXPANDED };
-
-struct plan {
-    enum attention_form form;
-    int q_rows;  // FORM_DECODE: of every sequence
-    int max_ctx; // longest
-};
-
-/* How this batch's attention runs, and the arrays it needs, into the host block. */
-static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
-                             const struct hidden_ref *hidden, struct plan *ret)
+/* Rounds a count up, so that batches of similar size are one shape and share a graph. */
+static int bucket(int n, int most)
 {
-    struct plan p = {.form = FORM_DECODE, .q_rows = b->n_seqs ? b->seq_start[1] : 0};
-    size_t n = sizeof(int32_t) * (size_t)b->n_rows;
-    memcpy(c->token, b->token, n);
-    memcpy(c->position, b->position, n);
-    memcpy(c->logit_row, b->logit_row, sizeof(int32_t) * (size_t)b->n_logits);
-    for (int r = 0; hidden && r < b->n_rows; r++) {
-        c->source[r] = hidden[r].source;
-        c->idx[r] = hidden[r].idx;
+    int step = n <= 16 ? 1 : n <= 64 ? 4 : n <= 256 ? 16 : 32;
+    return MIN((n + step - 1) / step * step, MAX(n, most));
+}
+
+/* How this batch's attention runs. */
+static enum err shape_of(const struct engine_cuda *c, const struct batch *b, struct shape *ret)
+{
+    struct shape s = {.form = FORM_DECODE,
+                      .n_rows = b->n_rows,
+                      .n_seqs = b->n_seqs,
+                      .n_logits = b->n_logits,
+                      .q_rows = b->n_seqs ? b->seq_start[1] : 0,
+                      .max_ctx = 1};
+    for (int i = 0; i < b->n_seqs; i++) {
+        s.max_ctx = MAX(s.max_ctx, b->ctx_len[i]);
+        if (b->seq_start[i + 1] - b->seq_start[i] != s.q_rows || s.q_rows > 8)
+            s.form = FORM_ROWS;
     }
-    for (int s = 0; s < b->n_seqs; s++) {
-        int first = b->seq_start[s], rows = b->seq_start[s + 1] - first;
-        const int32_t *table = b->block_table + (int64_t)s * b->max_pages;
-        int pages = (b->ctx_len[s] + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
-        p.max_ctx = MAX(p.max_ctx, b->ctx_len[s]);
-        if (rows != p.q_rows)
-            p.form = FORM_ROWS;
-        memcpy(c->block_table + (int64_t)s * c->max_pages, table, sizeof(int32_t) * (size_t)pages);
-        c->n_ctx[s] = b->ctx_len[s];
-        for (int i = 0; i < rows; i++) {
-            int slot = b->ctx_len[s] - rows + i;
-            c->slot_page[first + i] = table[slot / KV_PAGE_TOKENS];
-            c->slot_row[first + i] = slot % KV_PAGE_TOKENS;
+    if (s.form == FORM_ROWS && c->n_expanded > 0 &&
+        (b->n_rows > ROWS_AS_DECODE || b->n_rows >= SHORT_ROWS * b->n_seqs))
+        s.form = FORM_EXPANDED;
+    if (s.form == FORM_ROWS && b->n_rows > ROWS_AS_DECODE)
+        return err_set(ERR_INVALID, "a ragged batch of %d rows, at most %d are supported",
+                       b->n_rows, ROWS_AS_DECODE);
+    int max_pages = (s.max_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    *ret = s;
+    ret->max_ctx = max_pages * KV_PAGE_TOKENS;
+    if (s.form == FORM_EXPANDED)
+        return ERR_OK;
+    // The context only sizes how attention is split: rounded, growing by a token is the same shape.
+    const struct engine_config *g = &c->base.config;
+    int pages = 1;
+    while (pages < max_pages)
+        pages *= 2;
+    ret->max_ctx = MIN(pages, c->max_pages) * KV_PAGE_TOKENS;
+    if (s.form == FORM_ROWS) {
+        ret->q_rows = 1;
+        ret->n_seqs = ret->n_rows = bucket(s.n_rows, MIN(g->max_rows, ROWS_AS_DECODE));
+        ret->n_logits = bucket(s.n_logits, g->max_logits);
+        return ERR_OK;
+    }
+    int fits = MIN(g->max_seqs, g->max_rows / MAX(s.q_rows, 1));
+    ret->n_seqs = bucket(s.n_seqs, fits);
+    ret->n_rows = ret->n_seqs * s.q_rows;
+    ret->n_logits = bucket(s.n_logits, g->max_logits);
+    return ERR_OK;
+}
+
+static void block_row(struct engine_cuda *c, const struct batch *b, const struct hidden_ref *hidden,
+                      int to, int seq, int row)
+{
+    int slot = b->ctx_len[seq] - (b->seq_start[seq + 1] - row);
+    c->token[to] = b->token[row];
+    c->position[to] = b->position[row];
+    c->slot_page[to] = b->block_table[(int64_t)seq * b->max_pages + slot / KV_PAGE_TOKENS];
+    c->slot_row[to] = slot % KV_PAGE_TOKENS;
+    c->source[to] = hidden ? hidden[row].source : 0;
+    c->idx[to] = hidden ? hidden[row].idx : 0;
+}
+
+static void block_seq(struct engine_cuda *c, const struct batch *b, const struct shape *s, int to,
+                      int seq, int n_ctx)
+{
+    c->n_ctx[to] = n_ctx;
+    memcpy(c->block_table + (int64_t)to * (s->max_ctx / KV_PAGE_TOKENS),
+           b->block_table + (int64_t)seq * b->max_pages,
+           sizeof(int32_t) * (size_t)((n_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS));
+}
+
+/* Fills the host block and sends it. Rows beyond the batch's own repeat its first sequence (its
+ * first row): they compute and write what that one does, and read what the caches hold anyway. */
+static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
+                             const struct hidden_ref *hidden, const struct shape *s)
+{
+    size_t values = block_lay_out(c, c->host, s);
+    int n_rows = 0;
+    for (int seq = 0; seq < b->n_seqs; seq++)
+        for (int r = b->seq_start[seq]; r < b->seq_start[seq + 1]; r++) {
+            if (s->form == FORM_ROWS)
+                block_seq(c, b, s, n_rows, seq, b->ctx_len[seq] - (b->seq_start[seq + 1] - 1 - r));
+            block_row(c, b, hidden, n_rows++, seq, r);
         }
+    int first = 0; // that has rows
+    while (n_rows < s->n_rows && b->seq_start[first + 1] == 0)
+        first++;
+    for (int i = 0; n_rows < s->n_rows; i++, n_rows++) {
+        int row = s->form == FORM_ROWS ? 0 : i % s->q_rows;
+        if (s->form == FORM_ROWS)
+            block_seq(c, b, s, n_rows, first, b->ctx_len[first] - (b->seq_start[first + 1] - 1));
+        block_row(c, b, hidden, n_rows, first, row);
     }
-    if (p.q_rows > 8)
-        p.form = FORM_ROWS;
-    if (p.form == FORM_ROWS && (b->n_rows > ROWS_AS_DECODE || b->n_rows >= 16 * b->n_seqs) &&
-        p.max_ctx <= c->n_expanded)
-        p.form = FORM_EXPANDED;
-    if (p.form == FORM_ROWS && b->n_rows > ROWS_AS_DECODE)
-        return err_set(ERR_INVALID, "a batch of %d rows over %d slots is not supported on the GPU",
-                       b->n_rows, p.max_ctx);
-    if (p.form == FORM_ROWS)
-        for (int s = 0; s < b->n_seqs; s++)
-            for (int r = b->seq_start[s]; r < b->seq_start[s + 1]; r++) {
-                c->row_ctx[r] = b->ctx_len[s] - (b->seq_start[s + 1] - 1 - r);
-                memcpy(c->row_table + (int64_t)r * c->max_pages,
-                       c->block_table + (int64_t)s * c->max_pages,
-                       sizeof(int32_t) * (size_t)c->max_pages);
-            }
-    CUDA(cudaMemcpyAsync(c->dev, c->host, host_parts(c, NULL) * 4, cudaMemcpyHostToDevice,
-                         c->stream));
-    *ret = p;
+    for (int i = 0; s->form != FORM_ROWS && i < s->n_seqs; i++) {
+        int seq = i < b->n_seqs ? i : 0;
+        block_seq(c, b, s, i, seq, b->ctx_len[seq]);
+    }
+    for (int i = 0; i < s->n_logits; i++)
+        c->logit_row[i] = b->logit_row[i < b->n_logits ? i : 0];
+    CUDA(cudaMemcpyAsync(c->dev, c->host, values * 4, cudaMemcpyHostToDevice, c->stream));
     return ERR_OK;
 }
 
 /* Expanded attention, several sequences at a time as far as the scratch holds their slots. */
-static enum err attention_expanded(struct engine_cuda *c, const struct batch *b, int layer)
+static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
+                                   const struct shape *shape, int layer)
 {
     const struct model_config *m = c->base.m;
     const struct layer_weights *l = &c->base.w->layers[layer];
     const cu_bf16 *kv_b = weight(c, l->kv_b);
-    int heads = m->n_heads, wide = heads * MLA_QK;
+    int heads = m->n_heads, wide = heads * MLA_QK, max_pages = shape->max_ctx / KV_PAGE_TOKENS;
     for (int s = 0; s < b->n_seqs;) {
         int n = 0, slots = 0, max_q = 0;
         int32_t *q_start = c->q_start + 2 * s, *kv_start = c->kv_start + 2 * s;
@@ -380,14 +429,14 @@ static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
                              c->stream));
         struct cu_gather_kv_args g = {
             .pool = c->pool,
-            .block_table = on_device(c, c->block_table + (int64_t)s * c->max_pages),
+            .block_table = on_device(c, c->block_table + (int64_t)s * max_pages),
             .kv_start = on_device(c, kv_start),
             .latent = c->kv_latent,
             .k = c->kv_k,
             .S = n,
             .T_kv = slots,
             .heads = heads,
-            .max_pages = c->max_pages,
+            .max_pages = max_pages,
             .n_layers = c->base.kv_layers,
             .layer = layer,
         };
@@ -415,30 +464,28 @@ static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
     return ERR_OK;
 }
 
-static enum err attention_absorbed(struct engine_cuda *c, const struct batch *b,
-                                   const struct plan *p, int layer)
+static enum err attention_absorbed(struct engine_cuda *c, const struct shape *s, int layer)
 {
     const struct layer_weights *l = &c->base.w->layers[layer];
     const cu_bf16 *kv_b = weight(c, l->kv_b);
-    int heads = c->base.m->n_heads, T = b->n_rows;
-    bool rows = p->form == FORM_ROWS;
+    int heads = c->base.m->n_heads, T = s->n_rows;
     TRY(head_product(c, c->q, heads * MLA_QK, MLA_QK, kv_b, false, c->absorbed, heads * KV_WIDTH,
                      KV_WIDTH, T, MLA_NOPE, MLA_LATENT));
     struct cu_mla_decode_args a = {
         .q = c->absorbed,
         .pool = c->pool,
-        .block_table = on_device(c, rows ? c->row_table : c->block_table),
-        .n_ctx = on_device(c, rows ? c->row_ctx : c->n_ctx),
+        .block_table = on_device(c, c->block_table),
+        .n_ctx = on_device(c, c->n_ctx),
         .out = c->latent_out,
         .work = c->mla_work,
-        .S = rows ? T : b->n_seqs,
-        .q_rows = rows ? 1 : p->q_rows,
+        .S = s->n_seqs,
+        .q_rows = s->q_rows,
         .heads = heads,
         .n_pages = c->base.n_pages,
         .n_layers = c->base.kv_layers,
         .layer = layer,
-        .max_pages = c->max_pages,
-        .max_ctx = p->max_ctx,
+        .max_pages = s->max_ctx / KV_PAGE_TOKENS,
+        .max_ctx = s->max_ctx,
         .scale = 1.f / 16,
     };
     CUDA(cu_mla_decode(&a, c->stream));
@@ -449,12 +496,12 @@ static enum err attention_absorbed(struct engine_cuda *c, const struct batch *b,
 
 /* One layer. In: residual, and norm = input norm of it. Out: residual, and next = next_norm of it.
  */
-static enum err layer_run(struct engine_cuda *c, const struct batch *b, const struct plan *p,
+static enum err layer_run(struct engine_cuda *c, const struct batch *b, const struct shape *s,
                           int layer, const bf16_t *next_norm, cu_bf16 *next)
 {
     const struct model_config *m = c->base.m;
     const struct layer_weights *l = &c->base.w->layers[layer];
-    const int T = b->n_rows, H = m->hidden, lora = m->q_lora_rank, heads = m->n_heads;
+    const int T = s->n_rows, H = m->hidden, lora = m->q_lora_rank, heads = m->n_heads;
 
     TRY(product(c, c->norm, weight(c, l->q_a), c->qkv, T, H, lora + KV_WIDTH, CUDA_R_16BF));
     struct cu_qkv_args qkv = {
@@ -476,16 +523,16 @@ static enum err layer_run(struct engine_cuda *c, const struct batch *b, const st
     CUDA(cu_qkv_norm_write(&qkv, c->stream));
     TRY(product(c, c->q_a, weight(c, l->q_b), c->q, T, lora, heads * MLA_QK, CUDA_R_16BF));
     struct cu_rope_q_args rope = {.q = c->q,
-                                  .absorbed = p->form == FORM_EXPANDED ? NULL : c->absorbed,
+                                  .absorbed = s->form == FORM_EXPANDED ? NULL : c->absorbed,
                                   .position = on_device(c, c->position),
                                   .T = T,
                                   .heads = heads,
                                   .theta = m->rope_theta};
     CUDA(cu_rope_q(&rope, c->stream));
-    if (p->form == FORM_EXPANDED)
-        TRY(attention_expanded(c, b, layer));
+    if (s->form == FORM_EXPANDED)
+        TRY(attention_expanded(c, b, s, layer));
     else
-        TRY(attention_absorbed(c, b, p, layer));
+        TRY(attention_absorbed(c, s, layer));
     TRY(product(c, c->attention, weight(c, l->o), c->delta, T, heads * MLA_V, H, CUDA_R_32F));
 
     struct cu_add_norm_args add = {.residual = c->residual,
@@ -558,41 +605,40 @@ static enum err layer_run(struct engine_cuda *c, const struct batch *b, const st
 }
 
 /* Logits of the batch's logit rows of `hidden`. */
-static enum err head(struct engine_cuda *c, const struct batch *b, const bf16_t *w,
+static enum err head(struct engine_cuda *c, const struct shape *s, const bf16_t *w,
                      const cu_bf16 *hidden, float *logits)
 {
     const struct model_config *m = c->base.m;
-    CUDA(cu_gather_rows(hidden, on_device(c, c->logit_row), c->logit_rows, b->n_logits, m->hidden,
+    CUDA(cu_gather_rows(hidden, on_device(c, c->logit_row), c->logit_rows, s->n_logits, m->hidden,
                         c->stream));
-    return product(c, c->logit_rows, weight(c, w), logits, b->n_logits, m->hidden, m->vocab,
+    return product(c, c->logit_rows, weight(c, w), logits, s->n_logits, m->hidden, m->vocab,
                    CUDA_R_32F);
 }
 
 /* All launches of a main pass. */
-static enum err launch_forward(struct engine_cuda *c, const struct batch *b, const struct plan *p)
+static enum err launch_forward(struct engine_cuda *c, const struct batch *b, const struct shape *s)
 {
     const struct model_config *m = c->base.m;
     const struct weights *w = c->base.w;
-    CUDA(cu_embed(weight(c, w->embed), on_device(c, c->token), c->residual, b->n_rows, m->hidden,
+    CUDA(cu_embed(weight(c, w->embed), on_device(c, c->token), c->residual, s->n_rows, m->hidden,
                   c->stream));
     struct cu_add_norm_args first = {.residual = c->residual,
                                      .w = weight(c, w->layers[0].input_norm),
                                      .out = c->norm,
-                                     .T = b->n_rows,
+                                     .T = s->n_rows,
                                      .H = m->hidden,
                                      .eps = m->norm_eps};
     CUDA(cu_add_norm(&first, c->stream));
     for (int i = 0; i < m->n_layers; i++) {
         bool last = i + 1 == m->n_layers;
-        TRY(layer_run(c, b, p, i, last ? w->norm : w->layers[i + 1].input_norm,
+        TRY(layer_run(c, b, s, i, last ? w->norm : w->layers[i + 1].input_norm,
                       last ? c->hidden : c->norm));
     }
-    return head(c, b, w->head, c->hidden, c->logits);
+    return head(c, s, w->head, c->hidden, c->logits);
 }
 
 /* All launches of an MTP pass. */
-static enum err launch_draft(struct engine_cuda *c, const struct batch *b, const struct plan *p,
-                             bool want_ids)
+static enum err launch_draft(struct engine_cuda *c, const struct batch *b, const struct shape *s)
 {
     const struct model_config *m = c->base.m;
     const struct mtp_weights *mtp = &c->base.w->mtp;
@@ -608,32 +654,31 @@ static enum err launch_draft(struct engine_cuda *c, const struct batch *b, const
         .enorm = weight(c, mtp->enorm),
         .hnorm = weight(c, mtp->hnorm),
         .out = c->joined,
-        .T = b->n_rows,
+        .T = s->n_rows,
         .H = m->hidden,
         .eps = m->norm_eps,
     };
     CUDA(cu_mtp_input(&in, c->stream));
-    TRY(product(c, c->joined, weight(c, mtp->eh_proj), c->residual, b->n_rows, 2 * m->hidden,
+    TRY(product(c, c->joined, weight(c, mtp->eh_proj), c->residual, s->n_rows, 2 * m->hidden,
                 m->hidden, CUDA_R_32F));
     struct cu_add_norm_args first = {.residual = c->residual,
                                      .w = weight(c, l->input_norm),
                                      .out = c->norm,
-                                     .T = b->n_rows,
+                                     .T = s->n_rows,
                                      .H = m->hidden,
                                      .eps = m->norm_eps};
     CUDA(cu_add_norm(&first, c->stream));
-    TRY(layer_run(c, b, p, m->n_layers, mtp->head_norm, c->draft_hidden));
-    if (!want_ids)
+    TRY(layer_run(c, b, s, m->n_layers, mtp->head_norm, c->draft_hidden));
+    if (!s->want_ids)
         return ERR_OK;
-    TRY(head(c, b, mtp->head, c->draft_hidden, c->draft_logits));
-    CUDA(cu_argmax(c->draft_logits, c->ids, b->n_logits, m->vocab, m->n_token_ids, c->stream));
+    TRY(head(c, s, mtp->head, c->draft_hidden, c->draft_logits));
+    CUDA(cu_argmax(c->draft_logits, c->ids, s->n_logits, m->vocab, m->n_token_ids, c->stream));
     return ERR_OK;
 }
 
-static enum err launch(struct engine_cuda *c, const struct batch *b, const struct plan *p,
-                       const struct shape *s)
+static enum err launch(struct engine_cuda *c, const struct batch *b, const struct shape *s)
 {
-    return s->draft ? launch_draft(c, b, p, s->want_ids) : launch_forward(c, b, p);
+    return s->draft ? launch_draft(c, b, s) : launch_forward(c, b, s);
 }
 
 /* The slot of this shape, or the least recently used one, emptied. */
@@ -656,12 +701,11 @@ static struct graph *graph_find(struct engine_cuda *c, const struct shape *s, bo
     return oldest;
 }
 
-static enum err graph_capture(struct engine_cuda *c, const struct batch *b, const struct plan *p,
-                              struct graph *g)
+static enum err graph_capture(struct engine_cuda *c, const struct batch *b, struct graph *g)
 {
     cudaGraph_t graph = NULL;
     CUDA(cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal));
-    enum err err = launch(c, b, p, &g->shape);
+    enum err err = launch(c, b, &g->shape);
     cudaError_t ended = cudaStreamEndCapture(c->stream, &graph);
     if (err == ERR_OK && ended != cudaSuccess)
         err = err_set(ERR_CUDA, "capture of a decode pass: %s", cudaGetErrorString(ended));
@@ -676,27 +720,22 @@ static enum err graph_capture(struct engine_cuda *c, const struct batch *b, cons
 static enum err run(struct engine_cuda *c, const struct batch *b, const struct hidden_ref *hidden,
                     bool draft, bool want_ids)
 {
-    struct plan p = {0};
+    struct shape s = {0};
     CUDA(cudaSetDevice(c->device));
-    CUDA(cudaStreamSynchronize(c->stream)); // the host block may be written again
-    TRY(batch_upload(c, b, hidden, &p));
-    // The context only sizes how attention is split: round it, so that growing by a token is the
-    // same shape.
-    int max_ctx = KV_PAGE_TOKENS;
-    while (max_ctx < p.max_ctx)
-        max_ctx *= 2;
-    p.max_ctx = MIN(max_ctx, c->max_pages * KV_PAGE_TOKENS);
-    struct shape s = {draft,     want_ids,    p.form,   b->n_rows,
-                      b->n_seqs, b->n_logits, p.q_rows, p.max_ctx};
-    if (p.form == FORM_EXPANDED)
-        return launch(c, b, &p, &s);
+    engine_progress(&c->base);
+    TRY(shape_of(c, b, &s));
+    s.draft = draft;
+    s.want_ids = want_ids;
+    TRY(batch_upload(c, b, hidden, &s));
+    if (s.form == FORM_EXPANDED || s.n_rows > c->base.config.max_graph_rows)
+        return launch(c, b, &s);
     bool known;
     struct graph *g = graph_find(c, &s, &known);
     g->used = ++c->n_passes;
     if (!known)
-        return launch(c, b, &p, &s);
+        return launch(c, b, &s);
     if (!g->exec)
-        TRY(graph_capture(c, b, &p, g));
+        TRY(graph_capture(c, b, g));
     CUDA(cudaGraphLaunch(g->exec, c->stream));
     return ERR_OK;
 }
@@ -804,30 +843,35 @@ static const struct engine_ops cuda_ops = {
     .read_logits = cuda_read_logits,
 };
 
+static void size_up(struct engine_cuda *c)
+{
+    const struct engine_config *g = &c->base.config;
+    c->max_pages = (g->max_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    c->n_expanded = g->max_seq_rows < SHORT_ROWS ? 0 : MAX(g->max_ctx, g->max_rows);
+}
+
+uint64_t engine_cuda_bytes(const struct engine *base)
+{
+    struct engine_cuda c = {.base = *base};
+    size_up(&c);
+    uint64_t graphs = base->config.max_graph_rows ? GRAPH_BYTES : 0;
+    return parts(&c, NULL) + block_values(&c) * 4 + LIBRARY_BYTES + graphs;
+}
+
 static enum err cuda_start(struct engine_cuda *c, struct kv_pool *pool)
 {
     const struct engine_config *g = &c->base.config;
-    int n_devices = 0;
-    CUDA(cudaGetDeviceCount(&n_devices));
-    if (c->device >= n_devices)
-        return err_set(ERR_INVALID, "device %s: there are %d CUDA devices", g->device, n_devices);
     CUDA(cudaSetDevice(c->device));
-    struct cudaDeviceProp prop;
-    CUDA(cudaGetDeviceProperties(&prop, c->device));
-    if (prop.major != 9)
-        return err_set(ERR_INVALID,
-                       "device %s: %s has compute capability %d.%d, the kernels need 9.0",
-                       g->device, prop.name, prop.major, prop.minor);
     c->pool = kv_pool_base(pool);
-    c->max_pages = (g->max_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
-    c->n_expanded = MIN(MAX(g->max_ctx, g->max_rows), MAX_EXPANDED);
+    size_up(c);
+    c->arena = c->base.w->device_arena.base;
     c->par = par_create(g->n_threads);
     if (!c->par)
         return err_set(ERR_NOMEM, "cannot start %d threads", g->n_threads);
     return take_memory(c);
 }
 
-enum err engine_cuda_create(const struct engine *base, int device, struct kv_pool *pool,
+enum err engine_cuda_create(const struct engine *base, struct device *d, struct kv_pool *pool,
                             struct engine **ret)
 {
     struct engine_cuda *c = calloc(1, sizeof(*c));
@@ -835,7 +879,7 @@ enum err engine_cuda_create(const struct engine *base, int device, struct kv_poo
         return err_set(ERR_NOMEM, "no memory for an engine");
     c->base = *base;
     c->base.ops = &cuda_ops;
-    c->device = device;
+    c->device = d->ordinal;
     enum err err = cuda_start(c, pool);
     if (err != ERR_OK) {
         cuda_destroy(&c->base);

@@ -32,12 +32,9 @@ struct engine {
     int n_logits, n_draft_logits; /* likewise */
 };
 
-/* Both copy base, set ops and take their memory. */
+/* Copies base, sets ops and takes its memory, as a device's engine does (device.h). */
 MUST_CHECK enum err engine_cpu_create(const struct engine *base, struct kv_pool *pool,
                                       struct engine **ret);
-MUST_CHECK enum err engine_cuda_create(const struct engine *base, int device, struct kv_pool *pool,
-                                       struct engine **ret);
-
 /* Called between layers. */
 static inline void engine_progress(const struct engine *e)
 {

@@ -18,10 +18,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include "common/base/fd_share.h"
 #include "common/base/hash.h"
 
-#define PAGE_TOKENS 64u
-#define NO_PAGE     UINT32_MAX
+#define PAGE_TOKENS  64u
+#define NO_PAGE      UINT32_MAX
+#define SUMS_AT_ONCE 256u
 
 enum page_class { PAGE_FREE, PAGE_RESERVED, PAGE_IN_FLIGHT, PAGE_LIVE, PAGE_CACHED, N_CLASSES };
 
@@ -37,6 +39,8 @@ struct kv_pool {
     struct kv_pool_config config;
     char *shm_name;
     int shm_fd; // -1: private memory
+    struct device_memory device_memory;
+    struct fd_share *share; // of the device memory
     uint8_t *memory;
     uint64_t page_bytes, memory_bytes;
     struct page *pages;
@@ -45,6 +49,7 @@ struct kv_pool {
 };
 
 static enum err memory_map(struct kv_pool *p);
+static enum err device_map(struct kv_pool *p, const char *share);
 static enum err shm_claim(const char *name, int *ret);
 
 enum err kv_pool_create(const struct kv_pool_config *c, struct kv_pool **ret)
@@ -68,16 +73,16 @@ enum err kv_pool_create(const struct kv_pool_config *c, struct kv_pool **ret)
     p->pages = calloc(c->n_pages, sizeof(p->pages[0]));
     if (!p->pages)
         return err_set(ERR_NOMEM, "no memory for %u KV pages' states", c->n_pages);
-    if (c->shm_name) {
+    if (c->device)
+        TRY(device_map(p, c->shm_name));
+    else if (c->shm_name) {
         OWNED_MEM char *name = strdup(c->shm_name);
         if (!name)
             return err_set(ERR_NOMEM, "no memory for a KV pool");
         TRY(shm_claim(name, &p->shm_fd));
         p->config.shm_name = p->shm_name = take(&name);
     }
-    if (c->device_memory)
-        p->memory = c->device_memory;
-    else
+    if (!c->device)
         TRY(memory_map(p));
 
     p->first_free = NO_PAGE;
@@ -94,7 +99,10 @@ void kv_pool_destroy(struct kv_pool *p)
 {
     if (!p)
         return;
-    if (p->memory && !p->config.device_memory)
+    fd_share_destroy(p->share);
+    if (p->config.device)
+        device_release(p->config.device, &p->device_memory);
+    else if (p->memory)
         munmap(p->memory, p->memory_bytes);
     if (p->shm_name)
         shm_unlink(p->shm_name);
@@ -103,6 +111,16 @@ void kv_pool_destroy(struct kv_pool *p)
     free(p->shm_name);
     free(p->pages);
     free(p);
+}
+
+static enum err device_map(struct kv_pool *p, const char *share)
+{
+    TRY(device_alloc(p->config.device, p->memory_bytes, &p->device_memory));
+    p->memory = p->device_memory.base;
+    if (!share)
+        return ERR_OK;
+    TRY(fd_share_claim(share, &p->share));
+    return fd_share_serve(p->share, p->device_memory.fd, p->memory_bytes);
 }
 
 /* The kernel hands out zeroed memory in both cases. */
@@ -324,8 +342,25 @@ void *kv_pool_page(const struct kv_pool *p, uint32_t page)
 
 /* A sum over pages of a word that mixes content and place, so that a GPU can add them in any order.
  */
-uint64_t kv_page_checksum(const struct kv_pool *p, uint32_t page, uint64_t sum, uint32_t nth)
+static uint64_t placed(uint64_t content, uint32_t nth)
 {
-    uint64_t content = hash_sum64(kv_pool_page(p, page), p->page_bytes);
-    return sum + hash_mix(content ^ (nth + 1ull) * 0x9e3779b97f4a7c15u);
+    return hash_mix(content ^ (nth + 1ull) * 0x9e3779b97f4a7c15u);
+}
+
+enum err kv_pool_checksum(const struct kv_pool *p, const uint32_t *pages, uint32_t n, uint32_t nth,
+                          uint64_t *sum)
+{
+    uint64_t content[SUMS_AT_ONCE];
+    for (uint32_t at = 0; at < n; at += SUMS_AT_ONCE) {
+        uint32_t m = MIN(n - at, SUMS_AT_ONCE);
+        if (p->config.device)
+            TRY(device_checksums(p->config.device, p->memory, p->page_bytes, pages + at, m,
+                                 content));
+        else
+            for (uint32_t i = 0; i < m; i++)
+                content[i] = hash_sum64(kv_pool_page(p, pages[at + i]), p->page_bytes);
+        for (uint32_t i = 0; i < m; i++)
+            *sum += placed(content[i], nth + at + i);
+    }
+    return ERR_OK;
 }

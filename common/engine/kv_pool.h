@@ -21,16 +21,18 @@
 
 #include "common/base/err.h"
 #include "common/base/own.h"
+#include "common/engine/device.h"
 
 struct kv_pool;
 
 struct kv_pool_config {
     uint32_t n_pages;
-    uint32_t n_layers;    /* decoder and MTP layers */
-    uint32_t kv_width;    /* values per token and layer: 576 */
-    uint32_t dtype_bytes; /* 4: fp32 on the CPU; 2: bf16 on the GPU */
-    const char *shm_name; /* "/name": another process may map it read-only; NULL: private */
-    void *device_memory;  /* GPU memory for the pages, the caller's; NULL: host memory */
+    uint32_t n_layers;     /* decoder and MTP layers */
+    uint32_t kv_width;     /* values per token and layer: 576 */
+    uint32_t dtype_bytes;  /* 4: fp32 on the CPU; 2: bf16 on the GPU */
+    const char *shm_name;  /* "/name": other processes of this user may map the pages (on a device:
+                              ask the share of that name for them); NULL: private */
+    struct device *device; /* whose memory the pages are in; NULL: host memory */
 };
 
 struct kv_counts {
@@ -64,8 +66,9 @@ uint64_t kv_pool_page_bytes(const struct kv_pool *p);
 void *kv_pool_page(const struct kv_pool *p, uint32_t page);
 const struct kv_pool_config *kv_pool_get_config(const struct kv_pool *p);
 
-/* Sum that depends on content and on the order of pages, not on page indexes. Chain by passing the
- * last result and the count so far. */
-uint64_t kv_page_checksum(const struct kv_pool *p, uint32_t page, uint64_t sum, uint32_t nth);
+/* Adds n pages' content and order (not their indexes) to *sum. nth: pages summed before. ERR_CUDA.
+ */
+MUST_CHECK enum err kv_pool_checksum(const struct kv_pool *p, const uint32_t *pages, uint32_t n,
+                                     uint32_t nth, uint64_t *sum);
 
 #endif

@@ -1,8 +1,13 @@
-/* kv_shm.c: the transport within one host: the receiver copies out of the sender's pool object.
+/* kv_shm.c: the transports within one host: the receiver copies out of the sender's pool.
  *
  * The sender tells which of its pages, over a unix socket with a random abstract name; the receiver
- * reads them with pread from the object that JOIN named. We read rather than map: it is one copy
- * either way, a shrunken object is a short read instead of SIGBUS, and nothing is faulted in twice.
+ * reads them from the pool that JOIN named.
+ *   shm: host memory, with pread from a shared memory object. We read rather than map: it is one
+ *        copy either way, a shrunken object is a short read instead of SIGBUS, and nothing is
+ *        faulted in twice.
+ *   ipc: GPU memory, mapped through its share (fd_share.h); on one GPU or, where peers are
+ *        connected, from GPU to GPU. A mapping outlives the sender, so a copy from a dead one reads
+ *        old bytes and no more.
  *
  * The sender's pages are only its own as long as it lives and has not aborted; after that they may
  * be written again while the receiver still copies. So the receiver looks at the socket AFTER a
@@ -20,14 +25,18 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include "common/base/fd_share.h"
+
 #define COPY_BYTES ((size_t)1 << 20) /* between two looks at the abort flag */
+#define SHARE_MS   1000              /* for the sender to answer which memory is its pool */
 
 struct kv_shm {
     struct kv_pair pair;
     int listen_fd, fd;
     struct sockaddr_un address; // sender: whom to call
     socklen_t address_bytes;
-    int peer_pool; // receiver: the sender's pool object
+    int peer_pool;                    // receiver: the sender's pool object
+    struct device_memory peer_memory; // receiver: the sender's pool on a device
     uint32_t n_peer_pages;
     uint32_t indexes[WIRE_MAX_PAGES]; // receiver: of the transfer under way
 };
@@ -78,7 +87,11 @@ static enum err shm_receive(struct kv_pair *p, int fd, const struct kv_post *x,
         if (s->indexes[i] >= s->n_peer_pages)
             return err_set(ERR_PROTO, "transfer %" PRIu64 " names page %u of %u", x->seq,
                            s->indexes[i], s->n_peer_pages);
-    for (uint32_t i = 0; i < x->n_pages; i++)
+    struct device *device = kv_pool_get_config(p->config.pool)->device;
+    if (device)
+        TRY(device_copy_pages(device, kv_pool_base(p->config.pool), x->pages, s->peer_memory.base,
+                              s->indexes, x->n_pages, kv_pool_page_bytes(p->config.pool)));
+    for (uint32_t i = 0; !device && i < x->n_pages; i++)
         TRY(shm_copy(s, s->indexes[i], kv_pool_page(p->config.pool, x->pages[i])));
     struct pollfd look = {.fd = fd, .events = POLLRDHUP};
     if (poll(&look, 1, 0) != 0)
@@ -111,6 +124,9 @@ static void shm_hangup(struct kv_pair *p)
     if (s->peer_pool >= 0)
         close(s->peer_pool);
     s->peer_pool = -1;
+    struct device *device = kv_pool_get_config(p->config.pool)->device;
+    if (device)
+        device_release(device, &s->peer_memory);
 }
 
 static const struct kv_pair_ops shm_ops = {.run = shm_run, .hangup = shm_hangup};
@@ -136,20 +152,25 @@ static enum err shm_open_peer(struct kv_shm *s, const char *name)
 {
     if (!name || name[0] != '/' || !name[1] || strchr(name + 1, '/'))
         return err_set(ERR_INVALID, "the sender names no pool object ('%s')", name ? name : "");
-    s->peer_pool = shm_open(name, O_RDONLY | O_CLOEXEC, 0);
-    if (s->peer_pool < 0)
-        return err_set(ERR_IO, "the sender's pool %s: %s", name, strerror(errno));
-    struct stat st;
-    if (fstat(s->peer_pool, &st))
-        return err_set(ERR_IO, "the sender's pool %s: %s", name, strerror(errno));
-    uint64_t bytes = (uint64_t)st.st_size, page_bytes = kv_pool_page_bytes(s->pair.config.pool);
+    struct device *device = kv_pool_get_config(s->pair.config.pool)->device;
+    uint64_t bytes = 0, page_bytes = kv_pool_page_bytes(s->pair.config.pool);
+    OWNED_FD memory = -1;
+    if (device) {
+        TRY(fd_share_fetch(name, SHARE_MS, &memory, &bytes));
+    } else {
+        struct stat st;
+        s->peer_pool = shm_open(name, O_RDONLY | O_CLOEXEC, 0);
+        if (s->peer_pool < 0 || fstat(s->peer_pool, &st))
+            return err_set(ERR_IO, "the sender's pool %s: %s", name, strerror(errno));
+        bytes = (uint64_t)st.st_size;
+    }
     if (!bytes || bytes % page_bytes || bytes / page_bytes > UINT32_MAX)
         return err_set(ERR_MISMATCH,
                        "the sender's pool %s of %" PRIu64 " bytes is no pool of %" PRIu64
                        "-byte pages",
                        name, bytes, page_bytes);
     s->n_peer_pages = (uint32_t)(bytes / page_bytes);
-    return ERR_OK;
+    return device ? device_import(device, memory, bytes, &s->peer_memory) : ERR_OK;
 }
 
 enum err kv_shm_listen(const struct kv_pair_config *c, const char *peer_pool,

@@ -22,23 +22,31 @@ static const struct {
     enum wire_transport kind;
     const char *name;
     bool same_host; // works between processes of one host only
+    bool on_device; // moves GPU memory; the others host memory
     bool built;
 } kinds[] = {
     // in order of preference
-    {WIRE_KV_IPC, "ipc", true, false},
-    {WIRE_KV_NCCL, "nccl", false, false},
-    {WIRE_KV_SHM, "shm", true, true},
-    {WIRE_KV_TCP, "tcp", false, true},
+    {WIRE_KV_IPC, "ipc", true, true, true},
+    {WIRE_KV_NCCL, "nccl", false, true, false},
+    {WIRE_KV_SHM, "shm", true, false, true},
+    {WIRE_KV_TCP, "tcp", false, false, true},
 };
 
-enum err kv_transports_parse(const char *name, uint32_t *ret_bits)
+enum err kv_transports_parse(const char *name, bool on_device, uint32_t *ret_bits)
 {
     uint32_t bits = 0;
-    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
-        if (kinds[i].built && (!strcmp(name, "auto") || !strcmp(name, kinds[i].name)))
+    char usable[64] = "auto";
+    for (size_t i = 0; i < ARRAY_LEN(kinds); i++) {
+        if (!kinds[i].built || kinds[i].on_device != on_device)
+            continue;
+        size_t n = strlen(usable);
+        snprintf(usable + n, sizeof(usable) - n, ", %s", kinds[i].name);
+        if (!strcmp(name, "auto") || !strcmp(name, kinds[i].name))
             bits |= kinds[i].kind;
+    }
     if (!bits)
-        return err_set(ERR_INVALID, "KV transport '%s' is not one of auto, shm, tcp", name);
+        return err_set(ERR_INVALID, "--kv-transport %s: with pages in %s memory it is one of %s",
+                       name, on_device ? "GPU" : "host", usable);
     *ret_bits = bits;
     return ERR_OK;
 }
@@ -85,6 +93,7 @@ enum err kv_pair_listen(enum wire_transport kind, const struct kv_pair_config *c
                         struct kv_pair **ret)
 {
     switch (kind) {
+    case WIRE_KV_IPC:
     case WIRE_KV_SHM:
         return kv_shm_listen(c, peer_address, ret_address, ret);
     case WIRE_KV_TCP:
@@ -99,6 +108,7 @@ enum err kv_pair_connect(enum wire_transport kind, const struct kv_pair_config *
                          const char *address, struct kv_pair **ret)
 {
     switch (kind) {
+    case WIRE_KV_IPC:
     case WIRE_KV_SHM:
         return kv_shm_connect(c, address, ret);
     case WIRE_KV_TCP:

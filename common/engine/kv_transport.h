@@ -8,8 +8,9 @@
  *   kind  who copies                    where
  *   shm   the receiver, out of the sender's pool object (opened read-only: a late or mad sender
  *         cannot write into pages that meanwhile belong to somebody else)
+ *   ipc   the same with GPU memory, which the receiver maps
  *   tcp   sender writes, receiver reads straight into the pool
- *   ipc, nccl: GPU; same interface
+ *   nccl: between GPUs; same interface
  */
 #ifndef BATON_KV_TRANSPORT_H
 #define BATON_KV_TRANSPORT_H
@@ -33,7 +34,7 @@ struct kv_pair_config {
 };
 
 /* Receiving end: prepares the chosen transport and writes the address for JOINED.
- *   peer_address: JOIN's (shm: the sender's pool object); host: tcp address to listen on.
+ *   peer_address: JOIN's (shm, ipc: the sender's pool); host: tcp address to listen on.
  * Does not wait for the sender. */
 MUST_CHECK enum err kv_pair_listen(enum wire_transport kind, const struct kv_pair_config *c,
                                    const char *host, const char *peer_address,
@@ -55,10 +56,10 @@ void kv_pair_abort(struct kv_pair *p);
 void kv_pair_destroy(struct kv_pair *p); /* aborts first; NULL is fine */
 DEFINE_OWNED(kv_pair)
 
-/* What a worker on this machine can use: WIRE_KV_* bits allowed by --kv-transport ("auto", "shm",
- * "tcp"). ERR_INVALID for another name. */
-MUST_CHECK enum err kv_transports_parse(const char *name, uint32_t *ret_bits);
-/* The first both can use (shm only on the same host), or 0. */
+/* What a worker can use whose pages are on a device or not: WIRE_KV_* bits allowed by
+ * --kv-transport ("auto" or a kind). ERR_INVALID for another name. */
+MUST_CHECK enum err kv_transports_parse(const char *name, bool on_device, uint32_t *ret_bits);
+/* The first both can use (shm and ipc only on the same host), or 0. */
 enum wire_transport kv_transport_choose(uint32_t a, uint32_t b, bool same_host);
 const char *kv_transport_name(enum wire_transport kind);
 /* Hash of the kernel's boot id, IPC and network namespace: equal where shm works. */

@@ -1,15 +1,20 @@
 /* setup.c: see setup.h. */
 #include "common/engine/setup.h"
 
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/base/clock.h"
 #include "common/base/failpoint.h"
+#include "common/base/hash.h"
 #include "common/base/log.h"
 #include "common/engine/kv_transport.h"
 #include "common/engine/worker.h"
+
+#define CPU_TOKENS 32768 /* KV pool where nobody says how large */
 
 enum err setup_process(enum config_proc proc, const char *default_name, int argc, char **argv,
                        struct config *ret)
@@ -41,10 +46,55 @@ enum err setup_process(enum config_proc proc, const char *default_name, int argc
     return ERR_OK;
 }
 
+static void on_progress(void *user, uint64_t done, uint64_t total)
+{
+    int *last = user;
+    int percent = total ? (int)(done * 100 / total) : 100;
+    if (percent / 10 != *last / 10 || done == total) {
+        *last = percent;
+        log_info("load", "percent=%d bytes=%llu weights", percent, (unsigned long long)done);
+    }
+}
+
+static enum err setup_weights(const struct config *c, struct device *device,
+                              const struct model_config *model, struct weights **ret)
+{
+    int last = -10;
+    uint64_t start_us = clock_now_us();
+    bool dummy = !strcmp(c->load_format, "dummy");
+    struct weights_source source = {
+        .dir = dummy ? NULL : c->model_dir,
+        .dummy_seed = (uint64_t)c->load_seed,
+        .n_threads = (int)c->load_workers,
+        .device = device,
+        .progress = on_progress,
+        .user = &last,
+    };
+    // All workers of one GPU that want the same weights have them once.
+    char share[64];
+    if (device) {
+        uint64_t key[] = {device->id,
+                          model->hash,
+                          dummy,
+                          dummy ? source.dummy_seed : 0,
+                          hash_bytes(1, c->model_dir, strlen(c->model_dir)),
+                          geteuid()};
+        snprintf(share, sizeof(share), "baton-weights-%016" PRIx64,
+                 hash_bytes(1, key, sizeof(key)));
+        source.share = share;
+        log_info("load", "device=%s gpu=\"%s\"", c->device, device->name);
+    }
+    TRY(weights_open(model, &source, ret));
+    log_info("load", "bytes=%" PRIu64 " seconds=%.2f weights %s", (*ret)->arena_bytes,
+             (double)(clock_now_us() - start_us) / 1e6,
+             (*ret)->is_imported ? "shared with another worker of this GPU"
+             : dummy             ? "made up"
+                                 : "read");
+    return ERR_OK;
+}
+
 enum err setup_model(const struct config *c, struct weights **ret, struct setup *ret_setup)
 {
-    if (strncmp(c->device, "cpu", 3) != 0)
-        return err_set(ERR_INVALID, "--device %s: the workers run on the CPU so far", c->device);
     if (!c->model_dir[0])
         return err_set(ERR_INVALID, "--model-dir is missing");
     if (c->mtp_draft_model_dir[0] && strcmp(c->mtp_draft_model_dir, c->model_dir) != 0)
@@ -54,9 +104,13 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
             "the flag out or give the same directory",
             c->mtp_draft_model_dir, c->model_dir);
     struct setup s = {0};
-    TRY(kv_transports_parse(c->kv_transport, &s.transports));
-    OWNED(weights) w = NULL;
-    TRY(worker_load(c, &w));
+    OWNED(device) device = NULL;
+    OWNED(weights) w = NULL; // before the device, in the order of destruction
+    TRY(kv_transports_parse(c->kv_transport, strcmp(c->device, "cpu") != 0, &s.transports));
+    struct model_config model;
+    TRY(model_config_load(c->model_dir, &model));
+    TRY(device_open(c->device, &device));
+    TRY(setup_weights(c, device, &model, &w));
     const struct model_config *m = &w->config;
     if (c->mtp_step > 0 && m->n_mtp_layers == 0)
         return err_set(ERR_INVALID, "--mtp-step %lld: the checkpoint has no MTP layer",
@@ -73,31 +127,72 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
         .n_mtp_layers = c->mtp_step > 0 ? (uint32_t)m->n_mtp_layers : 0,
         .page_tokens = KV_PAGE_TOKENS,
         .kv_width = KV_WIDTH,
-        .kv_dtype = WIRE_F32,
+        .kv_dtype = device ? WIRE_BF16 : WIRE_F32,
         .vocab = (uint32_t)m->vocab,
         .hidden = (uint32_t)m->hidden,
         .model_hash = m->hash,
         .tokenizer_hash = m->tokenizer_hash,
     };
+    s.device = take(&device);
     *ret_setup = s;
     *ret = take(&w);
     return ERR_OK;
 }
 
-enum err setup_pool(const struct config *c, const struct setup *s, const char *shm_name,
-                    struct kv_pool **ret)
+/* Pages for a GPU's pool when nobody says how many: what --mem-fraction leaves. */
+static enum err pages_that_fit(const struct config *c, struct device *d, uint64_t page_bytes,
+                               uint64_t engine_bytes, uint64_t *ret)
+{
+    uint64_t available, total;
+    TRY(device_room(d, &available, &total));
+    uint64_t keep = (uint64_t)((double)total * (1 - c->mem_fraction));
+    uint64_t need = keep + engine_bytes + page_bytes;
+    if (available < need)
+        return err_set(ERR_NOMEM,
+                       "no room for KV pages: %" PRIu64 " MiB are free on %s, the engine needs "
+                       "%" PRIu64 " MiB and --mem-fraction %.2f keeps %" PRIu64 " MiB",
+                       available >> 20, c->device, engine_bytes >> 20, c->mem_fraction, keep >> 20);
+    *ret = (available - keep - engine_bytes) / page_bytes;
+    return ERR_OK;
+}
+
+enum err setup_pool(const struct config *c, const struct setup *s, const struct weights *w,
+                    const struct engine_config *engine, const char *shm_name, struct kv_pool **ret)
 {
     struct kv_pool_config p = {
-        .n_pages = (uint32_t)((c->max_total_token_num + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS),
         .n_layers = s->fingerprint.n_layers + s->fingerprint.n_mtp_layers,
         .kv_width = s->fingerprint.kv_width,
-        .dtype_bytes = 4,
+        .dtype_bytes = s->device ? 2 : 4,
         .shm_name = shm_name,
+        .device = s->device,
     };
+    uint64_t page_bytes = (uint64_t)KV_PAGE_TOKENS * p.n_layers * p.kv_width * p.dtype_bytes;
+    uint64_t engine_bytes = engine_device_bytes(engine, w), pages = 0;
+    if (c->max_total_token_num > 0 || !s->device)
+        pages = ((uint64_t)(c->max_total_token_num > 0 ? c->max_total_token_num : CPU_TOKENS) +
+                 KV_PAGE_TOKENS - 1) /
+                KV_PAGE_TOKENS;
+    else
+        TRY(pages_that_fit(c, s->device, page_bytes, engine_bytes, &pages));
+    if (s->device) {
+        uint64_t available, total, need = pages * page_bytes + engine_bytes;
+        TRY(device_room(s->device, &available, &total));
+        if (need > available)
+            return err_set(ERR_NOMEM,
+                           "%s: %" PRIu64 " tokens of KV pages and the workspaces need %" PRIu64
+                           " MiB, %" PRIu64 " MiB are free",
+                           c->device, pages * KV_PAGE_TOKENS, need >> 20, available >> 20);
+        log_info("memory",
+                 "total_mib=%" PRIu64 " weights_mib=%" PRIu64 " pool_mib=%" PRIu64
+                 " workspaces_mib=%" PRIu64 " left_mib=%" PRIu64 " plan of %s",
+                 total >> 20, w->arena_bytes >> 20, (pages * page_bytes) >> 20, engine_bytes >> 20,
+                 (available - need) >> 20, c->device);
+    }
+    p.n_pages = (uint32_t)MIN(pages, UINT32_MAX - 1);
     TRY(kv_pool_create(&p, ret));
-    log_info("kv", "pages=%u tokens=%u page_bytes=%llu pool_bytes=%llu KV pool", p.n_pages,
-             p.n_pages * KV_PAGE_TOKENS, (unsigned long long)kv_pool_page_bytes(*ret),
-             (unsigned long long)kv_pool_page_bytes(*ret) * p.n_pages);
+    log_info("kv",
+             "pages=%u tokens=%" PRIu64 " page_bytes=%" PRIu64 " pool_bytes=%" PRIu64 " KV pool",
+             p.n_pages, (uint64_t)p.n_pages * KV_PAGE_TOKENS, page_bytes, page_bytes * p.n_pages);
     return ERR_OK;
 }
 

@@ -7,6 +7,7 @@
 #include "common/engine/engine.h"
 
 struct setup {
+    struct device *device; /* NULL: the CPU; the caller's to destroy */
     struct wire_fingerprint fingerprint;
     uint32_t transports;
     uint32_t max_total_tokens; /* longest sequence: the flag, the model's context */
@@ -15,12 +16,16 @@ struct setup {
 /* Parses settings and starts the log. Failures are printed; the process should exit with 2. */
 MUST_CHECK enum err setup_process(enum config_proc proc, const char *default_name, int argc,
                                   char **argv, struct config *ret);
-/* Loads the model and derives what the cluster must agree on. ERR_INVALID for settings that do not
- * go together (MTP without an MTP layer, another draft model, an unknown device). */
+/* Opens the device, loads the model and derives what the cluster must agree on. ERR_INVALID for
+ * settings that do not go together (MTP without an MTP layer, another draft model, an unknown
+ * device). */
 MUST_CHECK enum err setup_model(const struct config *c, struct weights **ret,
                                 struct setup *ret_setup);
-MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s, const char *shm_name,
-                               struct kv_pool **ret);
+/* engine: what the pool must leave memory for. Logs the memory plan. ERR_NOMEM names needed and
+ * free bytes. */
+MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s,
+                               const struct weights *w, const struct engine_config *engine,
+                               const char *shm_name, struct kv_pool **ret);
 void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,
                  struct wire_hello *ret);
 /* 2: a setting or the checkpoint is wrong, restarting will not help; 1: anything else. */

@@ -21,6 +21,8 @@
 #define NAMES_LISTED  4
 #define COMPARE_BYTES (4u << 20)
 #define MAX_READERS   64
+#define STAGE_BYTES   (16u << 20) /* a reader's copy to the device */
+#define SHARE_MS      600000      /* for another process to load the model */
 
 struct entry {
     char name[96];
@@ -52,9 +54,9 @@ static enum err check_tensors(const struct plan *p, const struct safetensors *fi
                               bool same_embed, bool same_head, const char *mtp_prefix);
 static enum err tensors_equal(const struct safetensors *files, const char *a, const char *b,
                               bool *ret);
+static enum err arena_fill(const struct weights *w, const struct plan *p, uint64_t seed);
 static enum err read_all(const struct weights *w, const struct plan *p,
-                         const struct safetensors *files, int n_threads,
-                         weights_progress_fn *progress, void *user);
+                         const struct safetensors *files, const struct weights_source *s);
 
 static void plan_finish(struct plan *p) { free(p->entries); }
 
@@ -167,13 +169,48 @@ static enum err plan_model(struct weights *w, bool mtp_embed, bool mtp_head, str
 
 /* ---- creation -------------------------------------------------------------------------------- */
 
-enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
-                      weights_progress_fn *progress, void *user, struct weights **ret)
+/* The arena's content, from the checkpoint or made up. */
+static enum err arena_make(struct weights *w, const struct plan *p, const struct safetensors *files,
+                           const struct weights_source *s)
+{
+    if (files)
+        return read_all(w, p, files, s);
+    TRY(arena_fill(w, p, s->dummy_seed));
+    return w->device ? device_flush(w->device) : ERR_OK;
+}
+
+/* The arena of a GPU: one for all processes that name the same share. */
+static enum err device_arena(struct weights *w, const struct plan *p,
+                             const struct safetensors *files, const struct weights_source *s)
+{
+    OWNED_FD fd = -1;
+    uint64_t bytes = 0;
+    if (s->share) {
+        TRY(fd_share_open(s->share, SHARE_MS, &w->share, &fd, &bytes));
+        if (fd >= 0) {
+            if (bytes != p->bytes)
+                return err_set(ERR_MISMATCH,
+                               "the GPU holds %" PRIu64
+                               " bytes of weights, this model has %" PRIu64,
+                               bytes, p->bytes);
+            w->is_imported = true;
+            return device_import(w->device, fd, bytes, &w->device_arena);
+        }
+    }
+    TRY(device_alloc(w->device, p->bytes, &w->device_arena));
+    TRY(arena_make(w, p, files, s));
+    return s->share ? fd_share_serve(w->share, w->device_arena.fd, p->bytes) : ERR_OK;
+}
+
+enum err weights_open(const struct model_config *config, const struct weights_source *s,
+                      struct weights **ret)
 {
     OWNED(safetensors) files = NULL;
-    TRY(safetensors_open(dir, &files));
+    if (s->dir)
+        TRY(safetensors_open(s->dir, &files));
     OWNED(weights) w = NULL;
     TRY(weights_create(config, &w));
+    w->device = s->device;
 
     // The real checkpoint repeats both tables in its MTP layer. Equal ones are not read again.
     char prefix[40], embed[80], head[80];
@@ -181,16 +218,44 @@ enum err weights_load(const char *dir, const struct model_config *config, int n_
     snprintf(embed, sizeof(embed), "%sembed_tokens.weight", prefix);
     snprintf(head, sizeof(head), "%sshared_head.head.weight", prefix);
     bool same_embed = true, same_head = true;
-    if (config->n_mtp_layers) {
+    if (files && config->n_mtp_layers) {
         TRY(tensors_equal(files, "model.embed_tokens.weight", embed, &same_embed));
         TRY(tensors_equal(files, "lm_head.weight", head, &same_head));
     }
     __attribute__((cleanup(plan_finish))) struct plan plan = {0};
     TRY(plan_model(w, !same_embed, !same_head, &plan));
-    TRY(check_tensors(&plan, files, same_embed, same_head, config->n_mtp_layers ? prefix : NULL));
+    if (files)
+        TRY(check_tensors(&plan, files, same_embed, same_head,
+                          config->n_mtp_layers ? prefix : NULL));
     TRY(arena_map(w, &plan));
-    TRY(read_all(w, &plan, files, n_threads, progress, user));
+    if (w->device)
+        TRY(device_arena(w, &plan, files, s));
+    else
+        TRY(arena_make(w, &plan, files, s));
     *ret = take(&w);
+    return ERR_OK;
+}
+
+enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
+                      weights_progress_fn *progress, void *user, struct weights **ret)
+{
+    struct weights_source s = {
+        .dir = dir, .n_threads = n_threads, .progress = progress, .user = user};
+    return weights_open(config, &s, ret);
+}
+
+enum err weights_dummy(const struct model_config *config, uint64_t seed, struct weights **ret)
+{
+    return weights_open(config, &(struct weights_source){.dummy_seed = seed}, ret);
+}
+
+enum err weights_bytes(const struct model_config *config, uint64_t *ret)
+{
+    OWNED(weights) w = NULL;
+    TRY(weights_create(config, &w));
+    __attribute__((cleanup(plan_finish))) struct plan plan = {0};
+    TRY(plan_model(w, false, false, &plan));
+    *ret = plan.bytes;
     return ERR_OK;
 }
 
@@ -199,31 +264,8 @@ static float uniform(uint64_t seed, uint64_t i) // in [-1, 1)
     return (float)(int64_t)hash_mix(seed + (i + 1) * 0x9e3779b97f4a7c15u) * 0x1p-63f;
 }
 
-enum err weights_fill(const struct weights *w, weights_fill_fn *fill, void *user)
+static void fill_host(const struct weights *w, const struct weights_region *r)
 {
-    OWNED(weights) layout = NULL; // the plan writes pointers: not into w
-    TRY(weights_create(&w->config, &layout));
-    __attribute__((cleanup(plan_finish))) struct plan plan = {0};
-    TRY(plan_model(layout, false, false, &plan));
-    for (size_t i = 0; i < plan.n; i++) {
-        const struct entry *e = &plan.entries[i];
-        struct weights_region r = {
-            .offset = e->offset,
-            .n = e->n_bytes / (e->dtype == ST_F32 ? 4 : 2),
-            .stream = hash_mix(w->dummy_seed ^ (i + 1) * 0xd1342543de82ef95u),
-            .scale = e->is_norm       ? 0
-                     : e->n_dims == 2 ? sqrtf(3.0f / (float)e->shape[1])
-                                      : 0.1f,
-            .is_f32 = e->dtype == ST_F32,
-        };
-        TRY(fill(user, &r));
-    }
-    return ERR_OK;
-}
-
-static enum err fill_host(void *user, const struct weights_region *r)
-{
-    const struct weights *w = user;
     float *floats = (float *)((char *)w->arena + r->offset);
     bf16_t *halves = (bf16_t *)((char *)w->arena + r->offset);
     for (uint64_t k = 0; k < r->n; k++) {
@@ -235,35 +277,26 @@ static enum err fill_host(void *user, const struct weights_region *r)
         else
             halves[k] = (bf16_t)(bits >> 16);
     }
-    return ERR_OK;
 }
 
-/* The arena of a dummy model, not filled. */
-static enum err weights_lay_out(const struct model_config *config, uint64_t seed, bool reserved,
-                                struct weights **ret)
+static enum err arena_fill(const struct weights *w, const struct plan *p, uint64_t seed)
 {
-    OWNED(weights) w = NULL;
-    TRY(weights_create(config, &w));
-    w->dummy_seed = seed;
-    w->reserved = reserved;
-    __attribute__((cleanup(plan_finish))) struct plan plan = {0};
-    TRY(plan_model(w, false, false, &plan));
-    TRY(arena_map(w, &plan));
-    *ret = take(&w);
-    return ERR_OK;
-}
-
-enum err weights_reserve(const struct model_config *config, uint64_t seed, struct weights **ret)
-{
-    return weights_lay_out(config, seed, true, ret);
-}
-
-enum err weights_dummy(const struct model_config *config, uint64_t seed, struct weights **ret)
-{
-    OWNED(weights) w = NULL;
-    TRY(weights_lay_out(config, seed, false, &w));
-    TRY(weights_fill(w, fill_host, w));
-    *ret = take(&w);
+    for (size_t i = 0; i < p->n; i++) {
+        const struct entry *e = &p->entries[i];
+        struct weights_region r = {
+            .offset = e->offset,
+            .n = e->n_bytes / (e->dtype == ST_F32 ? 4 : 2),
+            .stream = hash_mix(seed ^ (i + 1) * 0xd1342543de82ef95u),
+            .scale = e->is_norm       ? 0
+                     : e->n_dims == 2 ? sqrtf(3.0f / (float)e->shape[1])
+                                      : 0.1f,
+            .is_f32 = e->dtype == ST_F32,
+        };
+        if (w->device)
+            TRY(device_fill(w->device, w->device_arena.base, &r));
+        else
+            fill_host(w, &r);
+    }
     return ERR_OK;
 }
 
@@ -271,6 +304,9 @@ void weights_destroy(struct weights *w)
 {
     if (!w)
         return;
+    fd_share_destroy(w->share);
+    if (w->device)
+        device_release(w->device, &w->device_arena);
     if (w->arena)
         munmap(w->arena, w->arena_bytes);
     free(w->layers);
@@ -292,12 +328,12 @@ static enum err weights_create(const struct model_config *config, struct weights
 
 static enum err arena_map(struct weights *w, const struct plan *p)
 {
-    int access = w->reserved ? PROT_NONE : PROT_READ | PROT_WRITE;
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (w->reserved ? MAP_NORESERVE : 0);
+    int access = w->device ? PROT_NONE : PROT_READ | PROT_WRITE;
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (w->device ? MAP_NORESERVE : 0);
     void *arena = mmap(NULL, p->bytes, access, flags, -1, 0);
     if (arena == MAP_FAILED)
         return err_set(ERR_NOMEM, "no memory for %" PRIu64 " bytes of weights", p->bytes);
-    if (!w->reserved)
+    if (!w->device)
         madvise(arena, p->bytes, MADV_HUGEPAGE);
     w->arena = arena;
     w->arena_bytes = p->bytes;
@@ -429,45 +465,70 @@ struct reading {
     char text[256];
 };
 
+/* Brings one tensor to its place; stage is the reader's pinned buffer, NULL: the place is in host
+ * memory. */
+static enum err read_one(const struct reading *r, const struct entry *e, void *stage)
+{
+    const struct st_tensor *t = safetensors_find(r->files, e->name);
+    if (!stage)
+        return safetensors_read(r->files, t, (char *)r->w->arena + e->offset);
+    char *to = (char *)r->w->device_arena.base + e->offset;
+    for (uint64_t at = 0; at < e->n_bytes; at += STAGE_BYTES) {
+        uint64_t n = MIN(e->n_bytes - at, (uint64_t)STAGE_BYTES);
+        TRY(safetensors_read_part(r->files, t, at, n, stage));
+        TRY(device_put(r->w->device, to + at, stage, n));
+    }
+    return ERR_OK;
+}
+
+static void reading_fail(struct reading *r, enum err err, const char *what)
+{
+    pthread_mutex_lock(&r->mutex);
+    if (r->err == ERR_OK) {
+        r->err = err;
+        snprintf(r->text, sizeof(r->text), "%s: %s", what, err_text(err));
+    }
+    pthread_mutex_unlock(&r->mutex);
+    atomic_store(&r->next, r->plan->n);
+}
+
 static void *reader(void *arg)
 {
     struct reading *r = arg;
     bool is_caller = pthread_equal(pthread_self(), r->caller);
+    void *stage = NULL;
+    enum err err = r->w->device ? device_stage(r->w->device, STAGE_BYTES, &stage) : ERR_OK;
+    if (err != ERR_OK)
+        reading_fail(r, err, "pinned memory");
     for (size_t i; (i = atomic_fetch_add(&r->next, 1)) < r->plan->n;) {
         const struct entry *e = &r->plan->entries[i];
-        enum err err = safetensors_read(r->files, safetensors_find(r->files, e->name),
-                                        (char *)r->w->arena + e->offset);
+        err = read_one(r, e, stage);
         if (err != ERR_OK) {
-            pthread_mutex_lock(&r->mutex);
-            if (r->err == ERR_OK) {
-                r->err = err;
-                snprintf(r->text, sizeof(r->text), "%s: %s", e->name, err_text(err));
-            }
-            pthread_mutex_unlock(&r->mutex);
-            atomic_store(&r->next, r->plan->n);
+            reading_fail(r, err, e->name);
             break;
         }
         atomic_fetch_add(&r->done_bytes, e->n_bytes);
         if (is_caller && r->progress)
             r->progress(r->user, atomic_load(&r->done_bytes), r->plan->bytes);
     }
+    if (stage)
+        device_unstage(r->w->device, stage);
     return NULL;
 }
 
 static enum err read_all(const struct weights *w, const struct plan *p,
-                         const struct safetensors *files, int n_threads,
-                         weights_progress_fn *progress, void *user)
+                         const struct safetensors *files, const struct weights_source *s)
 {
     struct reading r = {.w = w,
                         .plan = p,
                         .files = files,
-                        .progress = progress,
-                        .user = user,
+                        .progress = s->progress,
+                        .user = s->user,
                         .caller = pthread_self(),
                         .mutex = PTHREAD_MUTEX_INITIALIZER};
     pthread_t threads[MAX_READERS];
     int n = 0;
-    while (n < MIN(n_threads, MAX_READERS) - 1 &&
+    while (n < MIN(s->n_threads, MAX_READERS) - 1 &&
            pthread_create(&threads[n], NULL, reader, &r) == 0)
         n++;
     reader(&r);
@@ -475,7 +536,7 @@ static enum err read_all(const struct weights *w, const struct plan *p,
         pthread_join(threads[i], NULL);
     if (r.err != ERR_OK)
         return err_set(r.err, "%s", r.text);
-    if (progress)
-        progress(user, p->bytes, p->bytes);
+    if (s->progress)
+        s->progress(s->user, p->bytes, p->bytes);
     return ERR_OK;
 }

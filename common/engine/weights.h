@@ -8,7 +8,9 @@
 
 #include <stdbool.h>
 
+#include "common/base/fd_share.h"
 #include "common/base/own.h"
+#include "common/engine/device.h"
 #include "common/engine/model_config.h"
 #include "kernels/kernels.h"
 
@@ -41,10 +43,12 @@ struct mtp_weights {
 
 struct weights {
     struct model_config config;
-    void *arena;
+    void *arena; /* with a device: addresses only, the content is in device_arena */
     uint64_t arena_bytes;
-    bool reserved;                     /* addresses only, no memory: see weights_reserve */
-    uint64_t dummy_seed;               /* of weights_dummy and weights_reserve */
+    struct device *device; /* NULL: host */
+    struct device_memory device_arena;
+    struct fd_share *share;            /* of the device's arena, or NULL */
+    bool is_imported;                  /* another process of this GPU had it already */
     const bf16_t *embed, *norm, *head; /* [V, H], [H], [V, H] */
     struct layer_weights *layers;      /* [n_layers + n_mtp_layers] */
     struct mtp_weights mtp;
@@ -52,17 +56,25 @@ struct weights {
 
 typedef void weights_progress_fn(void *user, uint64_t done_bytes, uint64_t total_bytes);
 
-/* Reads the checkpoint in dir with n_threads readers. Missing tensors, wrong shapes or dtypes and
- * tensors that do not belong are all listed in one sentence: ERR_BAD_MODEL. */
+struct weights_source {
+    const char *dir;       /* of the checkpoint; NULL: dummy weights */
+    uint64_t dummy_seed;   /* of random weights, scaled so that activations stay finite */
+    int n_threads;         /* that read the checkpoint */
+    struct device *device; /* where the arena goes; NULL: host memory */
+    const char *share;     /* name under which the processes of one GPU have one arena; NULL: own */
+    weights_progress_fn *progress; /* on the caller's thread; NULL: none */
+    void *user;
+};
+
+/* Makes the arena. Missing tensors, wrong shapes or dtypes and tensors that do not belong are all
+ * listed in one sentence: ERR_BAD_MODEL. With a share this may wait for another process to load. */
+MUST_CHECK enum err weights_open(const struct model_config *config, const struct weights_source *s,
+                                 struct weights **ret);
+/* weights_open into host memory. */
 MUST_CHECK enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
                                  weights_progress_fn *progress, void *user, struct weights **ret);
-/* Random weights of the right shapes from a seed (scaled so that activations stay finite). */
 MUST_CHECK enum err weights_dummy(const struct model_config *config, uint64_t seed,
                                   struct weights **ret);
-/* The same model as weights_dummy makes, but only its addresses: a device fills its own copy of the
- * arena through weights_fill, so that 62 GB need not pass through host memory. */
-MUST_CHECK enum err weights_reserve(const struct model_config *config, uint64_t seed,
-                                    struct weights **ret);
 /* One tensor of a dummy model: n values at byte offset of the arena, fp32 or bf16. Value k is
  * scale * uniform(stream, k), see weights.c; scale 0 means that all are 1. */
 struct weights_region {
@@ -70,8 +82,9 @@ struct weights_region {
     float scale;
     bool is_f32;
 };
-typedef enum err weights_fill_fn(void *user, const struct weights_region *r);
-MUST_CHECK enum err weights_fill(const struct weights *w, weights_fill_fn *fill, void *user);
+/* Bytes of a checkpoint of this shape, without reading it (the MTP layer's own tables not counted).
+ */
+MUST_CHECK enum err weights_bytes(const struct model_config *config, uint64_t *ret);
 void weights_destroy(struct weights *w);
 DEFINE_OWNED(weights)
 

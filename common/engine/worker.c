@@ -722,23 +722,3 @@ enum wire_finish worker_finish(const struct wire_sampling *s, const struct model
             return WIRE_STOP;
     return n_output >= s->max_tokens ? WIRE_LENGTH : WIRE_RUNNING;
 }
-
-static void on_progress(void *user, uint64_t done, uint64_t total)
-{
-    int *last = user;
-    int percent = total ? (int)(done * 100 / total) : 100;
-    if (percent / 10 != *last / 10 || done == total) {
-        *last = percent;
-        log_info("load", "percent=%d bytes=%llu weights", percent, (unsigned long long)done);
-    }
-}
-
-enum err worker_load(const struct config *c, struct weights **ret)
-{
-    struct model_config model;
-    TRY(model_config_load(c->model_dir, &model));
-    if (!strcmp(c->load_format, "dummy"))
-        return weights_dummy(&model, (uint64_t)c->load_seed, ret);
-    int last = -10;
-    return weights_load(c->model_dir, &model, 4, on_progress, &last, ret);
-}

@@ -94,7 +94,6 @@ void worker_quit(struct worker *w, int exit_code, const char *reason);
 
 struct engine;
 struct kv_pool;
-struct weights;
 
 /* What the sampler needs of one output position, apart from the per-request penalty arrays. */
 struct sample_row;
@@ -105,7 +104,5 @@ int worker_stop_ids(const struct wire_sampling *s, const struct model_config *m,
 /* How a token ends (or does not end) the output that has n_output tokens with it. */
 enum wire_finish worker_finish(const struct wire_sampling *s, const struct model_config *m,
                                int32_t token, uint32_t n_output);
-/* Loads config and weights with a progress line. */
-MUST_CHECK enum err worker_load(const struct config *c, struct weights **ret);
 
 #endif

@@ -18,10 +18,10 @@
 #include "common/engine/engine.h"
 
 #define MAX_ROWS 8192
-#define MAX_SEQS 256
+#define MAX_SEQS 512
 #define MAX_CTX  2112
 #define CTX      512
-#define N_PAGES  2400
+#define N_PAGES  4200
 #define N_RUNS   9
 
 static const struct model_config flash = {
@@ -127,19 +127,25 @@ int main(void)
     struct weights *weights = NULL;
     struct kv_pool *pool = NULL;
     uint64_t begin = clock_now_us();
-    CHECK_OK(weights_reserve(&flash, 1, &weights));
-    struct kv_pool_config p = {
-        .n_pages = N_PAGES, .n_layers = 48, .kv_width = KV_WIDTH, .dtype_bytes = 2};
-    REQUIRE(cudaMalloc(&p.device_memory, (size_t)N_PAGES * 48 * 64 * KV_WIDTH * 2) == cudaSuccess);
-    REQUIRE(cudaMemset(p.device_memory, 0, (size_t)N_PAGES * 48 * 64 * KV_WIDTH * 2) ==
-            cudaSuccess);
-    struct engine_config e = {.device = "cuda:0",
+    struct device *device = NULL;
+    CHECK_OK(device_open("cuda:0", &device));
+    REQUIRE(device);
+    CHECK_OK(weights_open(&flash, &(struct weights_source){.dummy_seed = 1, .device = device},
+                          &weights));
+    REQUIRE(weights);
+    struct kv_pool_config p = {.n_pages = N_PAGES,
+                               .n_layers = 48,
+                               .kv_width = KV_WIDTH,
+                               .dtype_bytes = 2,
+                               .device = device};
+    struct engine_config e = {.device = device,
                               .n_threads = 1,
                               .max_rows = MAX_ROWS,
                               .max_seqs = MAX_SEQS,
                               .max_logits = MAX_SEQS,
                               .max_imports = 1,
-                              .max_ctx = MAX_CTX};
+                              .max_ctx = MAX_CTX,
+                              .max_graph_rows = 1024};
     CHECK_OK(kv_pool_create(&p, &pool));
     CHECK_OK(engine_create(&e, weights, pool, &engine));
     REQUIRE(engine);
@@ -154,8 +160,8 @@ int main(void)
                b.n_rows / ms * 1000);
         logits_are_finite(1);
     }
-    const int sizes[] = {1, 8, 32, 64, 128, 256};
-    for (int i = 0; i < 6; i++) {
+    const int sizes[] = {1, 8, 32, 64, 128, 256, 512};
+    for (int i = 0; i < 7; i++) {
         struct batch b = batch_of(sizes[i], 1, CTX, true);
         double ms = median_ms(&b, false), draft = median_ms(&b, true);
         printf("decode batch %3d, context %d: %6.2f ms, %6.0f tokens/s; one draft %5.2f ms\n",
@@ -167,6 +173,6 @@ int main(void)
     engine_destroy(engine);
     kv_pool_destroy(pool);
     weights_destroy(weights);
-    cudaFree(p.device_memory);
+    device_destroy(device);
     return check_failures > 0;
 }

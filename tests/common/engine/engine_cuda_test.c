@@ -23,8 +23,7 @@
 static struct weights *weights;
 static struct kv_pool *pool;
 static struct engine *engine;
-static void *pool_memory;
-static const char *device = "cuda:0";
+static struct device *device;
 
 /* Sequence q has pages q * MAX_PAGES .. in descending order. */
 struct arrays {
@@ -244,11 +243,52 @@ static void hidden_states_travel(void)
     free(out);
 }
 
+/* Last, since it writes over pages. */
+static void page_checksums_are_the_hosts(void)
+{
+    struct kv_pool_config c = *kv_pool_get_config(pool);
+    OWNED(kv_pool) host = NULL;
+    c.device = NULL;
+    c.n_pages = 3;
+    CHECK_OK(kv_pool_create(&c, &host));
+    uint64_t n = kv_pool_page_bytes(host), want = 5, got = 5;
+    uint8_t *bytes = kv_pool_base(host);
+    for (uint64_t i = 0; i < 3 * n; i++)
+        bytes[i] = (uint8_t)(i * 2654435761u >> 13);
+    for (uint32_t i = 0; i < 3; i++)
+        CHECK_OK(device_put(device, kv_pool_page(pool, 7 - i), kv_pool_page(host, i), n));
+    CHECK_OK(kv_pool_checksum(host, (uint32_t[]){0, 1, 2}, 3, 4, &want));
+    CHECK_OK(kv_pool_checksum(pool, (uint32_t[]){7, 6, 5}, 3, 4, &got));
+    CHECK(got == want);
+}
+
+/* Memory that was named by its descriptor, and pages copied out of it. */
+static void memory_is_shared(void)
+{
+    struct device_memory one = {0}, two = {0};
+    uint8_t in[2][4096], out[4096];
+    for (int i = 0; i < 4096; i++) {
+        in[0][i] = (uint8_t)i;
+        in[1][i] = (uint8_t)(i * 7 + 1);
+    }
+    CHECK_OK(device_alloc(device, sizeof(in), &one));
+    CHECK_OK(device_import(device, one.fd, sizeof(in), &two));
+    CHECK(one.base != two.base);
+    CHECK_OK(device_put(device, one.base, in, sizeof(in)));
+    CHECK_OK(
+        device_copy_pages(device, one.base, (uint32_t[]){0}, two.base, (uint32_t[]){1}, 1, 4096));
+    CHECK(cudaMemcpy(out, two.base, 4096, cudaMemcpyDeviceToHost) == cudaSuccess);
+    CHECK(!memcmp(out, in[1], 4096));
+    device_release(device, &one); // the mapping stays good
+    CHECK(cudaMemcpy(out, (char *)two.base + 4096, 4096, cudaMemcpyDeviceToHost) == cudaSuccess);
+    CHECK(!memcmp(out, in[1], 4096));
+    device_release(device, &two);
+    CHECK_INT(device_alloc(device, 1ull << 45, &one), ERR_NOMEM);
+}
+
 int main(int argc, char **argv)
 {
     int n_devices = 0;
-    if (argc > 1)
-        device = argv[1];
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
         printf("skipped: no CUDA device\n");
         return 77;
@@ -258,25 +298,29 @@ int main(int argc, char **argv)
     REQUIRE(dir);
     goldens_open();
     CHECK_OK(model_config_load(dir, &model));
-    CHECK_OK(weights_load(dir, &model, 2, NULL, NULL, &weights));
+    CHECK_OK(device_open(argc > 1 ? argv[1] : "cuda:0", &device));
+    REQUIRE(device);
+    struct weights_source source = {.dir = dir, .n_threads = 2, .device = device};
+    CHECK_OK(weights_open(&model, &source, &weights));
     REQUIRE(weights);
     struct kv_pool_config p = {.n_pages = N_PAGES,
                                .n_layers = (uint32_t)(model.n_layers + model.n_mtp_layers),
                                .kv_width = KV_WIDTH,
-                               .dtype_bytes = 2};
-    size_t bytes = (size_t)N_PAGES * p.n_layers * KV_PAGE_TOKENS * KV_WIDTH * 2;
-    REQUIRE(cudaMalloc(&pool_memory, bytes) == cudaSuccess);
-    REQUIRE(cudaMemset(pool_memory, 0xff, bytes) ==
-            cudaSuccess); // NaN: unwritten slots must not count
-    p.device_memory = pool_memory;
+                               .dtype_bytes = 2,
+                               .device = device};
     struct engine_config e = {.device = device,
                               .n_threads = 4,
                               .max_rows = MAX_ROWS,
                               .max_seqs = MAX_SEQS,
                               .max_logits = MAX_ROWS,
                               .max_imports = 2,
-                              .max_ctx = MAX_PAGES * KV_PAGE_TOKENS};
+                              .max_ctx = MAX_PAGES * KV_PAGE_TOKENS,
+                              .max_graph_rows = 512};
     CHECK_OK(kv_pool_create(&p, &pool));
+    REQUIRE(pool);
+    // NaN: unwritten slots must not count.
+    REQUIRE(cudaMemset(kv_pool_base(pool), 0xff, N_PAGES * kv_pool_page_bytes(pool)) ==
+            cudaSuccess);
     CHECK_OK(engine_create(&e, weights, pool, &engine));
     REQUIRE(engine);
     RUN(logits_near_the_goldens);
@@ -284,9 +328,11 @@ int main(int argc, char **argv)
     RUN(windows_agree_with_single_rows);
     RUN(drafts_are_the_goldens);
     RUN(hidden_states_travel);
+    RUN(page_checksums_are_the_hosts);
+    RUN(memory_is_shared);
     engine_destroy(engine);
     kv_pool_destroy(pool);
-    cudaFree(pool_memory);
     weights_destroy(weights);
+    device_destroy(device);
     return check_done();
 }

@@ -40,8 +40,7 @@ static struct bench bench_open(const struct weights *w, int n_threads)
                                .n_layers = (uint32_t)(w->config.n_layers + w->config.n_mtp_layers),
                                .kv_width = KV_WIDTH,
                                .dtype_bytes = 4};
-    struct engine_config c = {.device = "cpu",
-                              .n_threads = n_threads,
+    struct engine_config c = {.n_threads = n_threads,
                               .max_rows = MAX_ROWS,
                               .max_seqs = MAX_SEQS,
                               .max_logits = MAX_ROWS,
@@ -501,7 +500,8 @@ static void bad_batches_are_refused(void)
     CHECK_OK(engine_forward(e.engine, &(struct batch){.seq_start = a.seq_start}));
     bench_close(&e);
 
-    struct engine_config c = {.device = "cuda",
+    struct device elsewhere = {0};
+    struct engine_config c = {.device = &elsewhere,
                               .n_threads = 1,
                               .max_rows = 1,
                               .max_seqs = 1,
@@ -512,7 +512,7 @@ static void bad_batches_are_refused(void)
     OWNED(engine) engine = NULL;
     CHECK_OK(kv_pool_create(&p, &pool));
     CHECK_INT(engine_create(&c, weights, pool, &engine), ERR_INVALID);
-    c.device = "cpu";
+    c.device = NULL;
     CHECK_OK(engine_create(&c, weights, pool, &engine)); // without the MTP layer's pages
     REQUIRE(engine);
     good = batch_make(&a, &(struct part){&s, token, 1}, 1);

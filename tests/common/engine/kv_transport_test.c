@@ -221,7 +221,7 @@ static void end_send(struct end *e, uint32_t n)
     struct move *m = &e->moves[e->n_posted];
     for (uint32_t i = 0; i < n; i++) {
         page_fill(e->pool, m->pages[i], e->n_posted, i);
-        m->checksum = kv_page_checksum(e->pool, m->pages[i], m->checksum, i);
+        CHECK_OK(kv_pool_checksum(e->pool, &m->pages[i], 1, i, &m->checksum));
     }
     CHECK_OK(kv_pair_post(e->pair, e->n_posted, m->pages, n));
     e->n_posted++;
@@ -246,7 +246,7 @@ static void end_collect(struct end *e, const struct end *sender)
             kv_pool_transfer_end(e->pool, m->pages[i]);
             if (e != sender) {
                 equal &= page_is(e->pool, m->pages[i], e->n_seen, i);
-                sum = kv_page_checksum(e->pool, m->pages[i], sum, i);
+                CHECK_OK(kv_pool_checksum(e->pool, &m->pages[i], 1, i, &sum));
             }
             kv_pool_unref(e->pool, m->pages[i]);
         }
@@ -1036,14 +1036,14 @@ static void failpoints_fail_and_drop(void)
 static void names_and_choice(void)
 {
     uint32_t bits = 0;
-    CHECK_OK(kv_transports_parse("auto", &bits));
+    CHECK_OK(kv_transports_parse("auto", false, &bits));
     CHECK_INT(bits, WIRE_KV_SHM | WIRE_KV_TCP);
-    CHECK_OK(kv_transports_parse("shm", &bits));
+    CHECK_OK(kv_transports_parse("shm", false, &bits));
     CHECK_INT(bits, WIRE_KV_SHM);
-    CHECK_OK(kv_transports_parse("tcp", &bits));
+    CHECK_OK(kv_transports_parse("tcp", false, &bits));
     CHECK_INT(bits, WIRE_KV_TCP);
-    CHECK_INT(kv_transports_parse("nccl", &bits), ERR_INVALID);
-    CHECK_INT(kv_transports_parse("", &bits), ERR_INVALID);
+    CHECK_INT(kv_transports_parse("nccl", false, &bits), ERR_INVALID);
+    CHECK_INT(kv_transports_parse("", false, &bits), ERR_INVALID);
     CHECK_INT(bits, WIRE_KV_TCP);
     uint32_t both = WIRE_KV_SHM | WIRE_KV_TCP;
     CHECK_INT(kv_transport_choose(both, both, true), WIRE_KV_SHM);

@@ -1,0 +1,164 @@
+"""Whole clusters on GPUs, from the programs that tests/device/pack gathered.
+
+  serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4; handoff on one
+                                         GPU or, given two, from the first to the second
+  serve.py flash PREFIX [flags..]        full size, dummy weights: 512 requests of 300 + 200 tokens
+Only the standard library, since such a machine may have no more.
+"""
+
+import concurrent.futures
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+prefix = pathlib.Path(sys.argv[2]).resolve()
+os.environ["E2E_BUILD_DIR"] = str(prefix)
+os.environ["LD_LIBRARY_PATH"] = f"{prefix}/lib:/usr/local/cuda/lib64:" + os.environ.get("LD_LIBRARY_PATH", "")
+sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+from cluster import Cluster  # noqa: E402
+
+MARGIN = 0.3
+CASES = json.loads((ROOT / "tests" / "golden" / "golden.json").read_text())["cases"]
+
+
+def generate(cluster, prompt, n, **parameters):
+    status, _, answer = cluster.post("/generate", {"inputs": prompt, "parameters": {
+        "max_new_tokens": n, "do_sample": False, "return_details": True, **parameters}})
+    assert status == 200, (status, answer)
+    return [t["id"] for t in answer["tokens"]]
+
+
+def spread(devices):
+    """A topology file: prefill on the first device, decode on the last."""
+    path = pathlib.Path(tempfile.mkdtemp()) / "topology.json"
+    path.write_text(json.dumps({"all": {}, "prefill": [{"device": devices[0]}],
+                                "decode": [{"device": devices[-1]}]}))
+    return path
+
+
+def demo(devices, flags):
+    failed, texts = 0, {}
+    for mtp in (0, 1, 2, 4):
+        cluster = Cluster("--mtp-step", mtp, "--max-total-token-num", 32768, "--log-level", "info", *flags,
+                          topology=spread(devices))
+        try:
+            begin = time.monotonic()
+            cluster.ready(60)
+            ready = time.monotonic() - begin
+            wrong = 0
+            for name, case in CASES.items():
+                ids = generate(cluster, case["prompt"], len(case["greedy_ids"]))
+                if case["min_margin"] > MARGIN and ids != case["greedy_ids"]:
+                    wrong += 1
+                    print(f"  {name}: {ids}\n  want {case['greedy_ids']}")
+                texts.setdefault(name, []).append(ids)
+            with concurrent.futures.ThreadPoolExecutor(64) as pool:
+                names = [n for n in CASES if CASES[n]["min_margin"] > MARGIN] * 20
+                answers = list(pool.map(lambda n: generate(cluster, CASES[n]["prompt"],
+                                                           len(CASES[n]["greedy_ids"])), names))
+            many = sum(a != CASES[n]["greedy_ids"] for n, a in zip(names, answers))
+            drawn = [generate(cluster, CASES["story"]["prompt"], 48, do_sample=True, temperature=0.9, seed=7)
+                     for _ in range(2)]
+            texts.setdefault("drawn", []).append(drawn[0])
+            print(f"mtp-step {mtp}: ready in {ready:.2f} s, {wrong} of {len(CASES)} cases wrong, "
+                  f"{many} of {len(names)} concurrent ones, same draw twice: {drawn[0] == drawn[1]}")
+            failed += wrong + many + (drawn[0] != drawn[1])
+            for worker in cluster.workers:
+                print("  accounting", worker, json.dumps(cluster.admin(worker, "accounting")))
+        except Exception as e:  # the next mtp-step still tells something
+            failed += 1
+            print(f"mtp-step {mtp}: {e}\n{cluster.log()[-6000:]}")
+        finally:
+            cluster.process.terminate()
+            cluster.process.wait(20)
+    differ = [name for name, t in texts.items() if any(x != t[0] for x in t)]
+    print("texts that differ between mtp-steps:", differ or "none")
+    print("transport:", [line for line in cluster.log().splitlines() if "transport=" in line][:1])
+    return failed + sum(CASES.get(n, {"min_margin": 0})["min_margin"] > MARGIN for n in differ)
+
+
+def flash_dir():
+    to = pathlib.Path(tempfile.mkdtemp()) / "flash"
+    to.mkdir()
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "deploy" / "demo-model" / f, to)
+    shutil.copy(ROOT / "tests" / "bench" / "flash" / "config.json", to)
+    return to
+
+
+def stream(cluster, prompt, n):
+    """One streamed completion: (time to first token, times between tokens, tokens, end to end)."""
+    connection = http.client.HTTPConnection(cluster.host, cluster.port, timeout=300)
+    begin = time.monotonic()
+    connection.request("POST", "/v1/completions", json.dumps(
+        {"model": "flash", "prompt": prompt, "max_tokens": n, "stream": True, "temperature": 0,
+         "ignore_eos": True, "stream_options": {"include_usage": True}}), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    first, last, gaps, tokens = 0, 0, [], 0
+    for line in answer:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            if event.get("error"):
+                raise RuntimeError(event)
+            if event.get("usage"):
+                tokens = event["usage"]["completion_tokens"]
+            if event["choices"]:
+                now = time.monotonic()
+                if first:
+                    gaps.append(now - last)
+                first, last = first or now, now
+    connection.close()
+    return first - begin, gaps, tokens, last - begin
+
+
+def flash(flags):
+    n_requests, n_prompt, n_output = 512, 300, 200
+    cluster = Cluster("--model-dir", flash_dir(), "--load-format", "dummy", "--served-model-name", "flash",
+                      "--device", "cuda:0", "--running-max-req-size", 512, "--max-req-total-len", 8192,
+                      "--chunked-prefill-size", 4096, *flags)
+    try:
+        begin = time.monotonic()
+        cluster.ready(120)
+        print(f"start to ready: {time.monotonic() - begin:.2f} s")
+        for line in cluster.log().splitlines():
+            if any(x in line for x in ("memory", "weights ", "KV pool", "transport=")):
+                print("  ", line)
+        prompts = [[(i * 7919 + j * 104729) % 2900 for j in range(n_prompt)] for i in range(n_requests)]
+        stream(cluster, prompts[0], 8)
+        begin = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(n_requests) as pool:
+            results = list(pool.map(lambda p: stream(cluster, p, n_output), prompts))
+        wall = time.monotonic() - begin
+        tokens = sum(r[2] for r in results)
+        ttft = sorted(r[0] for r in results)
+        gaps = sorted(g for r in results for g in r[1])
+        print(f"{n_requests} requests at once, {n_prompt} + {n_output} tokens: {wall:.2f} s, "
+              f"{tokens / wall:.0f} output tokens/s, short {sum(r[2] != n_output for r in results)}")
+        for name, x in (("TTFT", ttft), ("ITL", gaps), ("E2E", sorted(r[3] for r in results))):
+            print(f"  {name} mean {statistics.mean(x):.4f} p50 {x[len(x) // 2]:.4f} "
+                  f"p99 {x[len(x) * 99 // 100]:.4f} s")
+        for worker in cluster.workers:
+            print("  accounting", worker, json.dumps(cluster.admin(worker, "accounting")))
+        return 0
+    except Exception as e:
+        print(f"{e}\n{cluster.log()[-8000:]}")
+        return 1
+    finally:
+        cluster.process.terminate()
+        cluster.process.wait(30)
+
+
+if __name__ == "__main__":
+    rest = sys.argv[3:]
+    if sys.argv[1] == "demo":
+        devices = [a for a in rest if a == "cpu" or a.startswith("cuda:")] or ["cuda:0"]
+        sys.exit(demo(devices, [a for a in rest if a not in devices]) > 0)
+    sys.exit(flash(rest))
