@@ -2,7 +2,7 @@
 
   serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4; handoff on one
                                          GPU or, given two, from the first to the second
-  serve.py flash PREFIX [flags..]        full size, dummy weights: 512 requests of 300 + 200 tokens
+  serve.py flash PREFIX [devices, flags] full size, dummy weights: 512 requests of 300 + 200 tokens
 Only the standard library, since such a machine may have no more.
 """
 
@@ -119,11 +119,11 @@ def stream(cluster, prompt, n):
     return first - begin, gaps, tokens, last - begin
 
 
-def flash(flags):
+def flash(devices, flags):
     n_requests, n_prompt, n_output = 512, 300, 200
     cluster = Cluster("--model-dir", flash_dir(), "--load-format", "dummy", "--served-model-name", "flash",
-                      "--device", "cuda:0", "--running-max-req-size", 512, "--max-req-total-len", 8192,
-                      "--chunked-prefill-size", 4096, *flags)
+                      "--running-max-req-size", 512, "--max-req-total-len", 8192,
+                      *flags, topology=spread(devices))
     try:
         begin = time.monotonic()
         cluster.ready(120)
@@ -158,7 +158,6 @@ def flash(flags):
 
 if __name__ == "__main__":
     rest = sys.argv[3:]
-    if sys.argv[1] == "demo":
-        devices = [a for a in rest if a == "cpu" or a.startswith("cuda:")] or ["cuda:0"]
-        sys.exit(demo(devices, [a for a in rest if a not in devices]) > 0)
-    sys.exit(flash(rest))
+    on = [a for a in rest if a == "cpu" or a.startswith("cuda:")] or ["cuda:0"]
+    others = [a for a in rest if a not in on]
+    sys.exit((demo if sys.argv[1] == "demo" else flash)(on, others) > 0)
