@@ -178,6 +178,31 @@ cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_vali
 cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,
                     cudaStream_t stream);
 
+/* ---- draws (kernels/sample.cu) ---- */
+
+#define CU_SAMPLE_BANNED 32
+
+/* struct sample_row of kernels.h without penalties. least: log of min_p, -inf without. */
+struct cu_sample_row {
+    uint64_t seed;
+    int32_t logits_row;
+    int32_t position;
+    float temperature, top_p, least;
+    int32_t top_k, n_logprobs;
+    int32_t n_banned;
+    int32_t banned[CU_SAMPLE_BANNED];
+};
+struct cu_sample_args {
+    const float *logits;              // [*, V]
+    const struct cu_sample_row *rows; // [n]
+    int32_t *id;                      // [n]; -1: not drawn, sample_ref has to
+    float *logprob;                   // [n] log softmax of the logits, where n_logprobs >= 0
+    int32_t *top_id;                  // [n, max_top] the n_logprobs best
+    float *top_logprob;               // [n, max_top]
+    int n, V, n_valid, max_top;       // V a multiple of 4
+};
+cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream);
+
 /* sums[i] = hash_sum64 of the page_bytes (a multiple of 16) at base + pages[i] * page_bytes. */
 cudaError_t cu_page_sums(const void *base, uint64_t page_bytes, const uint32_t *pages, int n,
                          uint64_t *sums, cudaStream_t stream);

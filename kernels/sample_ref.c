@@ -18,10 +18,7 @@
 #include <string.h>
 
 #include "kernels/par.h"
-
-#define N_BUCKETS 1024
-#define PER_UNIT  16   /* buckets per unit of log-probability */
-#define MAX_NOISE 22.9 /* above -log(-log(1 - 2^-33)) = 22.873 */
+#include "kernels/sample_math.h"
 
 struct candidate {
     float z;
@@ -145,28 +142,24 @@ static void sort(struct candidate *list, int n)
     }
 }
 
-static int bucket(float z)
-{
-    return z > -(float)(N_BUCKETS - 1) / PER_UNIT ? (int)(z * -PER_UNIT) : N_BUCKETS - 1;
-}
-
 /* Keeps the best k candidates, or fewer if those hold the share p of the list's mass (the one that
  * reaches it included). Values are relative to the largest, 0. Returns how many. */
 static int keep_best(struct candidate *list, int n, int k, double p)
 {
-    double mass[N_BUCKETS] = {0}, total = 0;
-    int count[N_BUCKETS] = {0};
+    uint64_t mass[SAMPLE_BUCKETS] = {0}, total = 0, sum = 0;
+    int count[SAMPLE_BUCKETS] = {0};
     for (int i = 0; i < n; i++) {
-        int b = bucket(list[i].z);
+        int b = sample_bucket(list[i].z);
         count[b]++;
         if (p <= 1)
-            mass[b] += expf(list[i].z);
+            mass[b] += sample_mass(list[i].z);
     }
-    for (int b = 0; b < N_BUCKETS; b++)
+    for (int b = 0; b < SAMPLE_BUCKETS; b++)
         total += mass[b];
-    double want = p <= 1 ? p * total : INFINITY, sum = 0;
+    double want = p <= 1 ? p * (double)total : INFINITY;
     int border = 0, kept = 0;
-    while (border < N_BUCKETS - 1 && kept + count[border] < k && sum + mass[border] < want) {
+    while (border < SAMPLE_BUCKETS - 1 && kept + count[border] < k &&
+           (double)(sum + mass[border]) < want) {
         kept += count[border];
         sum += mass[border];
         border++;
@@ -174,21 +167,21 @@ static int keep_best(struct candidate *list, int n, int k, double p)
     // The kept ones go to the front, the border's behind them; only those are sorted.
     int at = 0;
     for (int i = 0; i < n; i++)
-        if (bucket(list[i].z) < border) {
+        if (sample_bucket(list[i].z) < border) {
             struct candidate c = list[i];
             list[i] = list[at];
             list[at++] = c;
         }
     int end = at;
     for (int i = at; i < n; i++)
-        if (bucket(list[i].z) == border) {
+        if (sample_bucket(list[i].z) == border) {
             struct candidate c = list[i];
             list[i] = list[end];
             list[end++] = c;
         }
     sort(list + at, end - at);
-    while (at < end && at < k && sum < want)
-        sum += p <= 1 ? expf(list[at].z) : 0, at++;
+    while (at < end && at < k && (double)sum < want)
+        sum += p <= 1 ? sample_mass(list[at].z) : 0, at++;
     return at > 0 ? at : 1;
 }
 
@@ -203,7 +196,7 @@ static int32_t gumbel_max(const struct candidate *list, int n, const struct samp
         first = list[i].z > list[first].z ? i : first;
     for (int i = -1; i < n; i++) {
         struct candidate c = list[i < 0 ? first : i];
-        if (c.z + MAX_NOISE < best)
+        if (c.z + SAMPLE_MAX_NOISE < best)
             continue;
         if (c.id / 4 != block) {
             block = c.id / 4;

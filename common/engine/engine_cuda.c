@@ -16,6 +16,7 @@
 
 #include <cublas_v2.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +30,7 @@
 #define SHORT_ROWS    16 /* sequences with fewer rows are never worth expanding keys for */
 #define WORKSPACE     (32u << 20)
 #define MAX_GRAPHS    256
+#define MAX_TOP       20             /* best ids told with a draw */
 #define GRAPH_BYTES   (512ull << 20) /* kept free for them */
 #define LIBRARY_BYTES (256ull << 20) /* kept free for code that the libraries load later */
 
@@ -82,7 +84,17 @@ struct engine_cuda {
     int32_t *host, *dev;
     int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *q_start,
         *kv_start, *source, *idx;
-    float *host_logits; // pinned, [max_logits, V]
+    /* draws */
+    struct cu_sample_row *draws, *dev_draws; // [max_logits]
+    int *draw_of;                            // [max_logits] which of the caller's rows
+    float *logprob, *top_logprob;            // [max_logits], [max_logits, MAX_TOP]
+    int32_t *top_id;                         // [max_logits, MAX_TOP]
+    struct drawn {
+        int32_t *id, *top_id;
+        float *logprob, *top_logprob;
+    } drawn[1];         // pinned, as on the device
+    char *host_draws;   // pinned, all of the above
+    float *host_logits; // pinned, [3, V]: a row, and sample_ref's work
     struct graph graphs[MAX_GRAPHS];
     uint64_t n_passes;
 };
@@ -147,6 +159,10 @@ static size_t parts(struct engine_cuda *c, char *base)
         {&c->token_slot, slots * 4},
         {&c->expert_start, (E + 2) * 4},
         {&c->ids, L * 4},
+        {&c->dev_draws, L * sizeof(struct cu_sample_row)},
+        {&c->logprob, L * 4},
+        {&c->top_id, L * MAX_TOP * 4},
+        {&c->top_logprob, L * MAX_TOP * 4},
         {&c->route_work, cu_route_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->moe_work, cu_moe_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->blas_work, WORKSPACE},
@@ -203,6 +219,31 @@ static size_t block_values(struct engine_cuda *c)
                         .max_ctx = c->max_pages * KV_PAGE_TOKENS});
 }
 
+/* Cuts the pinned memory of draws, as parts() does. */
+static size_t draw_parts(struct engine_cuda *c, char *base)
+{
+    size_t L = (size_t)c->base.config.max_logits, at = 0;
+    const struct {
+        void *to;
+        size_t bytes;
+    } list[] = {
+        {&c->draws, L * sizeof(struct cu_sample_row)},
+        {&c->draw_of, L * 4},
+        {&c->drawn->id, L * 4},
+        {&c->drawn->logprob, L * 4},
+        {&c->drawn->top_id, L * MAX_TOP * 4},
+        {&c->drawn->top_logprob, L * MAX_TOP * 4},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(list); i++) {
+        if (base) {
+            void *p = base + at;
+            memcpy(list[i].to, &p, sizeof(p));
+        }
+        at += (list[i].bytes + ALIGN - 1) / ALIGN * ALIGN;
+    }
+    return at;
+}
+
 static int32_t *on_device(const struct engine_cuda *c, const int32_t *host)
 {
     return c->dev + (host - c->host);
@@ -228,6 +269,7 @@ static void cuda_destroy(struct engine *e)
     cudaFree(c->dev);
     cudaFreeHost(c->host);
     cudaFreeHost(c->host_logits);
+    cudaFreeHost(c->host_draws);
     if (c->stream)
         cudaStreamDestroy(c->stream);
     par_destroy(c->par);
@@ -256,8 +298,9 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMemset(c->mla_work, 0, mla_work_bytes(c)));
     CUDA(cudaMallocHost((void **)&c->host, host_bytes));
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
-    CUDA(cudaMallocHost((void **)&c->host_logits,
-                        (size_t)g->max_logits * (size_t)c->base.m->vocab * sizeof(float)));
+    CUDA(cudaMallocHost((void **)&c->host_logits, 3 * (size_t)c->base.m->vocab * sizeof(float)));
+    CUDA(cudaMallocHost((void **)&c->host_draws, draw_parts(c, NULL)));
+    draw_parts(c, c->host_draws);
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     BLAS(cublasCreate(&c->blas));
     BLAS(cublasSetStream(c->blas, c->stream));
@@ -760,32 +803,121 @@ static enum err cuda_draft(struct engine *e, const struct batch *b, const struct
     return ERR_OK;
 }
 
-/* Draws on the host, with the reference: exactly the rule, until the device has a sampler. */
+/* Rows that need arrays of the vocabulary's size are drawn on the host. */
+static bool device_draws(const struct sample_row *r)
+{
+    return !r->output_count && !r->in_prompt && r->n_banned <= CU_SAMPLE_BANNED;
+}
+
+static struct cu_sample_row device_row(const struct sample_row *r, int32_t idx)
+{
+    struct cu_sample_row d = {
+        .seed = r->seed,
+        .logits_row = idx,
+        .position = r->position,
+        .temperature = r->temperature,
+        .top_p = r->top_p,
+        .least = r->min_p > 0 ? logf(fminf(r->min_p, 1)) : -INFINITY,
+        .top_k = r->top_k,
+        .n_logprobs = r->n_logprobs,
+        .n_banned = r->n_banned,
+    };
+    memcpy(d.banned, r->banned, sizeof(int32_t) * (size_t)r->n_banned);
+    return d;
+}
+
+/* One draw with the reference, of logits row idx. */
+static enum err host_draw(struct engine_cuda *c, int32_t idx, const struct sample_row *row,
+                          int max_top, int32_t *ret_id, float *ret_logprob, int32_t *ret_top_id,
+                          float *ret_top_logprob)
+{
+    size_t V = (size_t)c->base.m->vocab;
+    CUDA(cudaMemcpyAsync(c->host_logits, c->logits + (size_t)idx * V, V * sizeof(float),
+                         cudaMemcpyDeviceToHost, c->stream));
+    CUDA(cudaStreamSynchronize(c->stream));
+    sample_ref(&(struct sample_args){.logits = c->host_logits,
+                                     .rows = row,
+                                     .id = ret_id,
+                                     .logprob = ret_logprob,
+                                     .top_id = ret_top_id,
+                                     .top_logprob = ret_top_logprob,
+                                     .work = c->host_logits + V,
+                                     .T = 1,
+                                     .V = c->base.m->vocab,
+                                     .n_valid = c->base.m->n_token_ids,
+                                     .max_top = max_top},
+               c->par);
+    return ERR_OK;
+}
+
+static enum err device_draw(struct engine_cuda *c, int n, const int32_t *idx,
+                            const struct sample_row *rows, int max_top, int32_t *ret_ids,
+                            float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
+{
+    size_t N = (size_t)n, n_top = N * (size_t)max_top;
+    int n_device = 0;
+    for (int i = 0; i < n; i++)
+        if (device_draws(&rows[i])) {
+            c->draw_of[n_device] = i;
+            c->draws[n_device++] = device_row(&rows[i], idx[i]);
+        } else {
+            ret_ids[i] = -1;
+        }
+    N = (size_t)n_device;
+    CUDA(cudaMemcpyAsync(c->dev_draws, c->draws, N * sizeof(c->draws[0]), cudaMemcpyHostToDevice,
+                         c->stream));
+    struct cu_sample_args a = {
+        .logits = c->logits,
+        .rows = c->dev_draws,
+        .id = c->ids,
+        .logprob = c->logprob,
+        .top_id = c->top_id,
+        .top_logprob = c->top_logprob,
+        .n = n_device,
+        .V = c->base.m->vocab,
+        .n_valid = c->base.m->n_token_ids,
+        .max_top = max_top,
+    };
+    CUDA(cu_sample(&a, c->stream));
+    struct drawn *d = c->drawn;
+    CUDA(cudaMemcpyAsync(d->id, c->ids, N * sizeof(int32_t), cudaMemcpyDeviceToHost, c->stream));
+    if (ret_logprob) {
+        CUDA(cudaMemcpyAsync(d->logprob, c->logprob, N * sizeof(float), cudaMemcpyDeviceToHost,
+                             c->stream));
+        CUDA(cudaMemcpyAsync(d->top_id, c->top_id, n_top * sizeof(int32_t), cudaMemcpyDeviceToHost,
+                             c->stream));
+        CUDA(cudaMemcpyAsync(d->top_logprob, c->top_logprob, n_top * sizeof(float),
+                             cudaMemcpyDeviceToHost, c->stream));
+    }
+    CUDA(cudaStreamSynchronize(c->stream));
+    for (int j = 0; j < n_device; j++) {
+        int i = c->draw_of[j];
+        ret_ids[i] = d->id[j];
+        if (!ret_logprob)
+            continue;
+        ret_logprob[i] = rows[i].n_logprobs >= 0 ? d->logprob[j] : 0;
+        for (int t = 0; t < MIN(max_top, rows[i].n_logprobs); t++) {
+            ret_top_id[i * max_top + t] = d->top_id[j * max_top + t];
+            ret_top_logprob[i * max_top + t] = d->top_logprob[j * max_top + t];
+        }
+    }
+    return ERR_OK;
+}
+
 static enum err cuda_sample(struct engine *e, int n, const int32_t *idx,
                             const struct sample_row *rows, int max_top, int32_t *ret_ids,
                             float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
 {
     struct engine_cuda *c = of(e);
-    size_t V = (size_t)e->m->vocab;
+    if (max_top > MAX_TOP)
+        return err_set(ERR_INVALID, "%d best ids, at most %d are told", max_top, MAX_TOP);
+    TRY(device_draw(c, n, idx, rows, max_top, ret_ids, ret_logprob, ret_top_id, ret_top_logprob));
     for (int i = 0; i < n; i++)
-        CUDA(cudaMemcpyAsync(c->host_logits + (size_t)i * V, c->logits + (size_t)idx[i] * V,
-                             V * sizeof(float), cudaMemcpyDeviceToHost, c->stream));
-    CUDA(cudaStreamSynchronize(c->stream));
-    OWNED_MEM float *work = malloc((size_t)par_threads(c->par) * 2 * V * sizeof(float));
-    if (!work)
-        return err_set(ERR_NOMEM, "no memory to draw %d tokens", n);
-    sample_ref(&(struct sample_args){.logits = c->host_logits,
-                                     .rows = rows,
-                                     .id = ret_ids,
-                                     .logprob = ret_logprob,
-                                     .top_id = ret_top_id,
-                                     .top_logprob = ret_top_logprob,
-                                     .work = work,
-                                     .T = n,
-                                     .V = e->m->vocab,
-                                     .n_valid = e->m->n_token_ids,
-                                     .max_top = max_top},
-               c->par);
+        if (ret_ids[i] < 0)
+            TRY(host_draw(c, idx[i], &rows[i], max_top, ret_ids + i,
+                          ret_logprob ? ret_logprob + i : NULL,
+                          ret_top_id ? ret_top_id + i * max_top : NULL,
+                          ret_top_logprob ? ret_top_logprob + i * max_top : NULL));
     return ERR_OK;
 }
 
@@ -860,14 +992,13 @@ uint64_t engine_cuda_bytes(const struct engine *base)
 
 static enum err cuda_start(struct engine_cuda *c, struct kv_pool *pool)
 {
-    const struct engine_config *g = &c->base.config;
     CUDA(cudaSetDevice(c->device));
     c->pool = kv_pool_base(pool);
     size_up(c);
     c->arena = c->base.w->device_arena.base;
-    c->par = par_create(g->n_threads);
+    c->par = par_create(1);
     if (!c->par)
-        return err_set(ERR_NOMEM, "cannot start %d threads", g->n_threads);
+        return err_set(ERR_NOMEM, "cannot start a thread");
     return take_memory(c);
 }
 

@@ -35,11 +35,13 @@ def generate(cluster, prompt, n, **parameters):
     return [t["id"] for t in answer["tokens"]]
 
 
-def spread(devices):
-    """A topology file: prefill on the first device, decode on the last."""
+def spread(devices, shared=None):
+    """A topology file: prefill on the first device, decode on the last. shared: settings of both where
+    that is one device."""
+    prefill, decode = (shared or ({}, {})) if len(devices) == 1 else ({}, {})
     path = pathlib.Path(tempfile.mkdtemp()) / "topology.json"
-    path.write_text(json.dumps({"all": {}, "prefill": [{"device": devices[0]}],
-                                "decode": [{"device": devices[-1]}]}))
+    path.write_text(json.dumps({"all": {}, "prefill": [{"device": devices[0], **prefill}],
+                                "decode": [{"device": devices[-1], **decode}]}))
     return path
 
 
@@ -119,11 +121,20 @@ def stream(cluster, prompt, n):
     return first - begin, gaps, tokens, last - begin
 
 
+def attempt(*a):
+    try:
+        return stream(*a)
+    except Exception as e:
+        return e
+
+
 def flash(devices, flags):
     n_requests, n_prompt, n_output = 512, 300, 200
     cluster = Cluster("--model-dir", flash_dir(), "--load-format", "dummy", "--served-model-name", "flash",
                       "--running-max-req-size", 512, "--max-req-total-len", 8192,
-                      *flags, topology=spread(devices))
+                      *flags, topology=spread(devices, (
+                          {"max_total_token_num": 32768, "chunked_prefill_size": 4096},
+                          {"mem_fraction": 0.94})))
     try:
         begin = time.monotonic()
         cluster.ready(120)
@@ -135,7 +146,10 @@ def flash(devices, flags):
         stream(cluster, prompts[0], 8)
         begin = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(n_requests) as pool:
-            results = list(pool.map(lambda p: stream(cluster, p, n_output), prompts))
+            results = list(pool.map(lambda p: attempt(cluster, p, n_output), prompts))
+        failures = [r for r in results if isinstance(r, Exception)]
+        results = [r for r in results if not isinstance(r, Exception)]
+        print(f"failures: {len(failures)}", failures[:1])
         wall = time.monotonic() - begin
         tokens = sum(r[2] for r in results)
         ttft = sorted(r[0] for r in results)
@@ -145,9 +159,12 @@ def flash(devices, flags):
         for name, x in (("TTFT", ttft), ("ITL", gaps), ("E2E", sorted(r[3] for r in results))):
             print(f"  {name} mean {statistics.mean(x):.4f} p50 {x[len(x) // 2]:.4f} "
                   f"p99 {x[len(x) * 99 // 100]:.4f} s")
+        for line in cluster.get("/metrics")[2].splitlines():
+            if line.startswith(("baton_step", "vllm:spec_decode_num")):
+                print("  ", line)
         for worker in cluster.workers:
             print("  accounting", worker, json.dumps(cluster.admin(worker, "accounting")))
-        return 0
+        return len(failures)
     except Exception as e:
         print(f"{e}\n{cluster.log()[-8000:]}")
         return 1

@@ -17,12 +17,13 @@
 #include "common/base/clock.h"
 #include "common/engine/engine.h"
 
-#define MAX_ROWS 8192
-#define MAX_SEQS 512
-#define MAX_CTX  2112
-#define CTX      512
-#define N_PAGES  4200
-#define N_RUNS   9
+#define MAX_ROWS   8192
+#define MAX_SEQS   512
+#define MAX_CTX    32768
+#define CTX        512
+#define MAX_LOGITS 1280
+#define N_PAGES    3600
+#define N_RUNS     9
 
 static const struct model_config flash = {
     .hidden = 2048,
@@ -47,7 +48,7 @@ static const struct model_config flash = {
 };
 
 static struct engine *engine;
-static int32_t token[MAX_ROWS], position[MAX_ROWS], logit_row[MAX_ROWS], ids[MAX_SEQS];
+static int32_t token[MAX_ROWS], position[MAX_ROWS], logit_row[MAX_ROWS], ids[MAX_LOGITS];
 static int32_t seq_start[MAX_SEQS + 1], ctx_len[MAX_SEQS];
 static int32_t block_table[MAX_SEQS * (MAX_CTX / KV_PAGE_TOKENS)];
 static struct hidden_ref hidden[MAX_ROWS];
@@ -103,6 +104,55 @@ static double median_ms(const struct batch *b, bool draft)
     return ms[N_RUNS / 2];
 }
 
+static void draw(int n)
+{
+    static struct sample_row rows[MAX_LOGITS];
+    static int32_t idx[MAX_LOGITS];
+    for (int i = 0; i < n; i++) {
+        idx[i] = i;
+        rows[i] = (struct sample_row){.top_p = 1, .repetition = 1, .n_logprobs = -1};
+    }
+    CHECK_OK(engine_sample(engine, n, idx, rows, 0, ids, NULL, NULL, NULL));
+}
+
+/* A whole step with k drafts, all of them accepted (the most rows): the slots of the last step's
+ * k + 1 tokens and the first draft, k - 1 more drafts, verification, greedy draws. */
+static void mtp_step(int n_seqs, int k)
+{
+    double ms[N_RUNS];
+    for (int i = -2; i < N_RUNS; i++) {
+        uint64_t begin = clock_now_us();
+        struct batch b = batch_of(n_seqs, k + 1, CTX, false);
+        CHECK_OK(engine_draft(engine, &b, hidden, ids));
+        b = batch_of(n_seqs, 1, CTX, true);
+        for (int j = 1; j < k; j++)
+            CHECK_OK(engine_draft(engine, &b, hidden, ids));
+        b = batch_of(n_seqs, k + 1, CTX, true);
+        CHECK_OK(engine_forward(engine, &b));
+        draw(b.n_logits);
+        if (i >= 0)
+            ms[i] = (double)(clock_now_us() - begin) / 1000;
+    }
+    qsort(ms, N_RUNS, sizeof(ms[0]), by_value);
+    printf("MTP step k = %d, batch %3d, context %d: %6.2f ms\n", k, n_seqs, CTX, ms[N_RUNS / 2]);
+}
+
+/* One prompt in chunks. */
+static void long_prompt(int n)
+{
+    uint64_t begin = 0;
+    for (int run = 0; run < 2; run++) { // the first warms up
+        begin = clock_now_us();
+        for (int at = MAX_ROWS; at <= n; at += MAX_ROWS) {
+            struct batch b = batch_of(1, MAX_ROWS, at, false);
+            CHECK_OK(engine_forward(engine, &b));
+        }
+    }
+    double ms = (double)(clock_now_us() - begin) / 1000;
+    printf("one prompt of %d tokens in chunks of %d: %8.2f ms, %8.0f tokens/s\n", n, MAX_ROWS, ms,
+           n / ms * 1000);
+}
+
 static void logits_are_finite(int n)
 {
     float *x = malloc((size_t)flash.vocab * sizeof(float));
@@ -142,10 +192,10 @@ int main(void)
                               .n_threads = 1,
                               .max_rows = MAX_ROWS,
                               .max_seqs = MAX_SEQS,
-                              .max_logits = MAX_SEQS,
+                              .max_logits = MAX_LOGITS,
                               .max_imports = 1,
                               .max_ctx = MAX_CTX,
-                              .max_graph_rows = 1024};
+                              .max_graph_rows = 2048};
     CHECK_OK(kv_pool_create(&p, &pool));
     CHECK_OK(engine_create(&e, weights, pool, &engine));
     REQUIRE(engine);
@@ -168,8 +218,11 @@ int main(void)
                sizes[i], CTX, ms, sizes[i] / ms * 1000, draft);
         logits_are_finite(1);
     }
-    struct batch b = batch_of(64, 3, CTX, true);
-    printf("verification of 64 x 3 rows: %6.2f ms\n", median_ms(&b, false));
+    for (int i = 0; i < 3; i++)
+        for (int k = 1; k <= 4; k++)
+            if ((i == 0 ? 1 : i == 1 ? 64 : 256) * (k + 1) <= MAX_LOGITS)
+                mtp_step(i == 0 ? 1 : i == 1 ? 64 : 256, k);
+    long_prompt(32768);
     engine_destroy(engine);
     kv_pool_destroy(pool);
     weights_destroy(weights);
