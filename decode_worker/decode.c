@@ -85,6 +85,7 @@ enum err decode_create(const struct decode_config *c, struct decode **ret)
         .mtp_step = d->mtp_step,
         .eagle = !strcmp(c->config->mtp_mode, "eagle_with_att"),
         .has_mtp = c->fingerprint.n_mtp_layers > 0,
+        .simulated = c->config->mtp_simulate_acceptance,
     };
     enum err err = d->slot_used && d->batch ? ERR_OK : err_set(ERR_NOMEM, "no memory for streams");
     if (err == ERR_OK)

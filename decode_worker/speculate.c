@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/base/hash.h"
 #include "common/base/own.h"
 
 struct speculate {
@@ -233,6 +234,19 @@ static enum err draw_penalised(struct speculate *s, struct stream *st, int32_t *
     return err;
 }
 
+/* Random weights draft nothing right. For measurements of speed a coin decides instead, the same
+ * for the same seed and position: the draft becomes what was drawn, or differs from it. */
+static void simulate(const struct speculate *s, struct stream *st)
+{
+    for (uint32_t j = 0; j < st->n_draft; j++) {
+        uint64_t h = hash_mix(st->sampling.seed ^ (st->n_ctx + j) * 0x9e3779b97f4a7c15u);
+        if ((double)(h >> 11) * 0x1p-53 < s->config.simulated)
+            st->sampled[j] = st->draft[j];
+        else if (st->sampled[j] == st->draft[j])
+            st->draft[j] ^= 1;
+    }
+}
+
 enum err speculate_step(struct speculate *s, struct stream **streams, int n)
 {
     if (s->config.has_mtp && s->config.mtp_step > 0) {
@@ -246,6 +260,8 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
     for (int i = 0; i < n; i++)
         if (streams[i]->output_count)
             TRY(draw_penalised(s, streams[i], s->banned[i]));
+    for (int i = 0; s->config.simulated > 0 && i < n; i++)
+        simulate(s, streams[i]);
     return ERR_OK;
 }
 

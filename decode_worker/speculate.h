@@ -20,7 +20,8 @@ struct speculate_config {
     int max_streams, max_pages; /* pages of the longest sequence */
     uint32_t mtp_step;
     bool eagle;
-    bool has_mtp; /* the MTP layer's KV is kept */
+    bool has_mtp;     /* the MTP layer's KV is kept */
+    double simulated; /* with dummy weights: probability that a draft is right; 0 = compare */
 };
 
 MUST_CHECK enum err speculate_create(const struct speculate_config *c, struct speculate **ret);

@@ -103,6 +103,9 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
             "--mtp-draft-model-dir %s: the MTP layer is read from --model-dir (%s); leave "
             "the flag out or give the same directory",
             c->mtp_draft_model_dir, c->model_dir);
+    if (c->mtp_simulate_acceptance > 0 && strcmp(c->load_format, "dummy") != 0)
+        return err_set(ERR_INVALID, "--mtp-simulate-acceptance needs --load-format dummy: it makes "
+                                    "up what the model would say");
     struct setup s = {0};
     OWNED(device) device = NULL;
     OWNED(weights) w = NULL; // before the device, in the order of destruction

@@ -154,6 +154,9 @@ def flash(devices, flags):
         tokens = sum(r[2] for r in results)
         ttft = sorted(r[0] for r in results)
         gaps = sorted(g for r in results for g in r[1])
+        for at in (0, 1, 2, 5, 20, 100, 150):
+            some = sorted(r[1][at] for r in results if len(r[1]) > at)
+            print(f"  gap {at}: p50 {some[len(some) // 2]:.4f} p99 {some[len(some) * 99 // 100]:.4f} s")
         print(f"{n_requests} requests at once, {n_prompt} + {n_output} tokens: {wall:.2f} s, "
               f"{tokens / wall:.0f} output tokens/s, short {sum(r[2] != n_output for r in results)}")
         for name, x in (("TTFT", ttft), ("ITL", gaps), ("E2E", sorted(r[3] for r in results))):
