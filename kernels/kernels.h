@@ -153,8 +153,9 @@ struct argmax_args {
 };
 void argmax_ref(const struct argmax_args *a);
 
-/* One draw per row: penalties, temperature, top-k, top-p, min-p, then Gumbel-max with noise from
- * Philox4x32-10 keyed by (seed), counter (position, id / 4, 0, 0). A pure function of its row. */
+/* One draw per row: mask, bias, penalties, temperature, top-k, top-p, min-p, then Gumbel-max with
+ * noise from Philox4x32-10 keyed by (seed), counter (position, id / 4, 0, 0). A pure function of
+ * its row. Ids in the lists that are no tokens do nothing. */
 struct sample_row {
     uint64_t seed;
     int32_t position;  // absolute position of the token that is drawn
@@ -162,8 +163,12 @@ struct sample_row {
     float top_p, min_p;
     float presence, frequency, repetition;
     int32_t top_k;
-    int32_t n_banned;            // ids that may not be drawn (eos before min_tokens)
-    const int32_t *banned;       // [n_banned]
+    int32_t n_banned;        // ids that may not be drawn (eos before min_tokens)
+    const int32_t *banned;   // [n_banned]
+    int32_t n_bias;          // before everything else but the mask: logit[id] += value,
+    const int32_t *bias_id;  // [n_bias] in the list's order where an id comes twice
+    const float *bias_value; // [n_bias]
+    const uint32_t *allowed; // [ceil(V / 32)] bit id % 32 of word id / 32: may be drawn; or NULL
     const int32_t *output_count; // [V] occurrences in the output so far, or NULL: no penalties
     const uint8_t *in_prompt;    // [V] 1 if the id occurs in the prompt, or NULL (repetition only)
     int32_t n_logprobs;          // -1 none, 0 the chosen id's, n: and the n best

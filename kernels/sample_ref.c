@@ -1,9 +1,9 @@
 /* sample_ref.c: the draw, a pure function of one row.
  *
- * penalties -> temperature -> top-k -> top-p -> min-p -> Gumbel-max. Every filter keeps a prefix of
- * the candidates in the order (value descending, id ascending), so none needs a full sort: values
- * go into buckets by their distance to the largest, whole buckets are kept or dropped, and only the
- * one in which the border falls is sorted.
+ * mask -> bias -> penalties -> temperature -> top-k -> top-p -> min-p -> Gumbel-max. Every filter
+ * keeps a prefix of the candidates in the order (value descending, id ascending), so none needs a
+ * full sort: values go into buckets by their distance to the largest, whole buckets are kept or
+ * dropped, and only the one in which the border falls is sorted.
  *
  * The noise of id i is lane i % 4 of Philox(seed; position, i / 4): u = (x + 0.5) / 2^32,
  * g = -log(-log u) in double precision (u rounds to 1 in fp32). It does not depend on what
@@ -86,22 +86,29 @@ static void draw(const struct sample_args *a, int t, struct candidate *list)
     a->id[t] = gumbel_max(list, n, row);
 }
 
-/* Valid, not banned ids with penalised logits, ascending. */
+/* Ids that may be drawn with biased and penalised logits, ascending. The list has room for all V,
+ * so the first pass keeps an entry for every id and the bias finds its own. */
 static int gather(const struct sample_args *a, int t, struct candidate *list)
 {
     const struct sample_row *row = &a->rows[t];
     const float *logits = a->logits + (int64_t)t * a->V;
     bool repetition = row->repetition > 0 && row->repetition != 1.0f;
     int n = 0;
+    for (int32_t id = 0; id < a->n_valid; id++)
+        list[id].z = logits[id];
+    for (int i = 0; i < row->n_bias; i++)
+        if (row->bias_id[i] >= 0 && row->bias_id[i] < a->n_valid)
+            list[row->bias_id[i]].z += row->bias_value[i];
     for (int32_t id = 0; id < a->n_valid; id++) {
-        float z = logits[id];
+        float z = list[id].z;
         int32_t count = row->output_count ? row->output_count[id] : 0;
         if (repetition && (count > 0 || (row->in_prompt && row->in_prompt[id])))
             z = z > 0 ? z / row->repetition : z * row->repetition;
         if (count > 0)
             z -= row->frequency * (float)count + row->presence;
+        bool may = z == z && (!row->allowed || row->allowed[id / 32] >> (id % 32) & 1);
         list[n] = (struct candidate){fminf(fmaxf(z, -FLT_MAX), FLT_MAX), id};
-        n += z == z;
+        n += may;
     }
     for (int i = 0; i < row->n_banned; i++) {
         for (int lo = 0, hi = n - 1; lo <= hi;) {

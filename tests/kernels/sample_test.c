@@ -68,6 +68,9 @@ static int32_t draw_by_definition(const float *logits, int n_valid, const struct
         bool banned = false;
         for (int i = 0; i < r->n_banned; i++)
             banned |= r->banned[i] == id;
+        banned |= r->allowed && !(r->allowed[id / 32] & 1u << (id % 32));
+        for (int i = 0; i < r->n_bias; i++)
+            z += r->bias_id[i] == id ? r->bias_value[i] : 0;
         int count = r->output_count ? r->output_count[id] : 0;
         if (count > 0 || (r->in_prompt && r->in_prompt[id]))
             z = z > 0 ? z / r->repetition : z * r->repetition;
@@ -114,6 +117,7 @@ static void draws_follow_the_definition(void)
     static float logits[MAX_V];
     static int32_t count[MAX_V];
     static uint8_t in_prompt[MAX_V];
+    static uint32_t allowed[(MAX_V + 31) / 32];
     int wrong = 0, n = 0;
     for (int trial = 0; trial < 6000; trial++) {
         int V = sizes[trial % 6], n_valid = V - (V > 10 ? data_below(5) : 0);
@@ -126,6 +130,11 @@ static void draws_follow_the_definition(void)
             in_prompt[i] = data_below(3) == 0;
         }
         int32_t banned[3] = {data_below(V), data_below(V), data_below(V)};
+        int32_t bias_id[4] = {data_below(V), data_below(V), banned[0], -1};
+        float bias_value[4] = {data_float() * 5, data_float() * spread, 100, 1};
+        for (int i = 0; i < (V + 31) / 32; i++)
+            allowed[i] = data_u32();
+        allowed[0] |= 1u << (V > 10 ? 7 : 0); // never nothing
         struct sample_row r = {
             .seed = (uint64_t)data_u32() << 32 | data_u32(),
             .position = data_below(200000),
@@ -140,8 +149,14 @@ static void draws_follow_the_definition(void)
             .in_prompt = data_below(2) ? in_prompt : NULL,
             .banned = banned,
             .n_banned = V > 10 ? data_below(4) : 0,
+            .bias_id = bias_id,
+            .bias_value = bias_value,
+            .n_bias = data_below(2) ? 0 : data_below(5),
+            .allowed = data_below(3) ? NULL : allowed,
             .n_logprobs = -1,
         };
+        for (int i = 0; i < r.n_banned; i++)
+            r.allowed = r.banned[i] == 7 ? NULL : r.allowed;
         int32_t got = draw(logits, V, n_valid, &r), want = draw_by_definition(logits, n_valid, &r);
         if (got != want)
             fprintf(stderr, "trial %d: V %d T %g p %g k %d min_p %g: id %d, want %d\n", trial, V,
@@ -340,6 +355,45 @@ static void penalties_move_logits(void)
     CHECK_INT(draw(logits, 4, 4, &r), 3);
 }
 
+static void bias_and_mask_come_first(void)
+{
+    const float logits[40] = {[0] = 3, [1] = 2, [2] = 1, [39] = -5};
+    const int32_t id[] = {1, 39, 1, 40, -1}; // the last two are no tokens
+    const float value[] = {0.75f, 7.5f, 0.75f, 100, 100};
+    struct sample_row r = plain;
+    r.temperature = 0;
+    r.bias_id = id;
+    r.bias_value = value;
+    r.n_bias = 1;
+    CHECK_INT(draw(logits, 40, 40, &r), 0);
+    r.n_bias = 5; // 2 + 0.75 + 0.75
+    CHECK_INT(draw(logits, 40, 40, &r), 1);
+    const uint32_t allowed[2] = {~2u, ~0u};
+    r.allowed = allowed;
+    CHECK_INT(draw(logits, 40, 40, &r), 0);
+    const uint32_t only_last[2] = {0, 1u << 7};
+    r.allowed = only_last;
+    CHECK_INT(draw(logits, 40, 40, &r), 39);
+    r.temperature = 1; // the mask stands before every filter, whatever is drawn
+    r.top_p = 0.01f;
+    r.seed = 9;
+    CHECK_INT(draw(logits, 40, 40, &r), 39);
+    // A penalty divides the biased logit: 3.5 becomes 1.75.
+    int32_t count[40] = {[1] = 1};
+    r = plain;
+    r.temperature = 0;
+    r.bias_id = id;
+    r.bias_value = value;
+    r.n_bias = 3;
+    r.output_count = count;
+    CHECK_INT(draw(logits, 40, 40, &r), 1);
+    r.repetition = 2;
+    CHECK_INT(draw(logits, 40, 40, &r), 0);
+    const uint32_t nothing[2] = {0, 0};
+    r.allowed = nothing; // an id all the same
+    CHECK_INT(draw(logits, 40, 40, &r), 0);
+}
+
 static void extremes_stay_ids(void)
 {
     float logits[8] = {NAN, FLT_MAX, -FLT_MAX, INFINITY, -INFINITY, 0, NAN, 1};
@@ -453,6 +507,7 @@ int main(void)
     RUN(filters_keep_what_they_say);
     RUN(ties_go_to_the_lowest_id);
     RUN(penalties_move_logits);
+    RUN(bias_and_mask_come_first);
     RUN(extremes_stay_ids);
     RUN(logprobs_are_the_models_own);
     RUN(batches_and_threads_do_not_matter);
