@@ -104,9 +104,8 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
         a->random = clock_wall_us() ^ (uint64_t)getpid() << 48;
     a->created_s = clock_wall_us() / 1000000u;
     a->silence_us = SILENCE_US;
-    a->think_end_id = tokenizer_added_id(c->tokenizer, "</think>");
-    a->tool_call_id = tokenizer_added_id(c->tokenizer, "<tool_call>");
     a->split_reasoning = strcmp(c->config->reasoning_parser, "none") != 0;
+    a->parse_calls = strcmp(c->config->tool_call_parser, "none") != 0;
     a->default_thinking = strcmp(c->config->default_reasoning, "off") != 0;
     int r = uv_timer_init(c->loop, &a->tick);
     if (r == 0)
@@ -704,9 +703,15 @@ static void call_run(struct api_call *call)
         choice->call = call;
         choice->idx = (uint32_t)i;
         choice->prompt = &call->prompts[i / n];
-        bool reasoning = call->thinking && a->split_reasoning && call->params.separate_reasoning;
-        output_init(&choice->output, a->c.tokenizer, reasoning, call->params.skip_special,
-                    a->think_end_id, call->has_tools ? a->tool_call_id : -1);
+        struct glm_options options = {
+            .tokenizer = a->c.tokenizer,
+            .skip_special = call->params.skip_special,
+            .reasoning = call->thinking && a->split_reasoning && call->params.separate_reasoning,
+            .calls = call->tools && a->parse_calls,
+            .tools = call->tools,
+            .id_seed = api_random(a), /* not the request's seed: ids must differ */
+        };
+        glm_parser_init(&choice->parser, &options, call->shape->output, choice);
         text_pos_init(&choice->pos, a->c.tokenizer, call->params.skip_special);
         if (choice->prompt->max_tokens == 0) { /* echo only */
             choice->finish = GEN_LENGTH;
@@ -725,10 +730,8 @@ static void call_run(struct api_call *call)
     for (size_t i = 0; i < call->n_prompts; i++)
         ids_finish(&call->prompts[i].ids);
     chat_prompt_finish(&call->chat);
-    json_decref(call->json);
-    call->json = NULL;
-    free(call->body);
-    call->body = NULL;
+    json_decref(take(&call->json)); /* what is left of it is tools */
+    free(take(&call->body));
     if (call->n_running > 0)
         return;
     if (call->params.stream) {
@@ -859,8 +862,13 @@ static void choice_finish(struct api_choice *choice)
 {
     if (choice->gen)
         gen_cancel(take(&choice->gen));
+    glm_parser_finish(&choice->parser);
+    for (size_t i = 0; i < choice->n_items; i++) {
+        json_out_finish(&choice->items[i].name);
+        json_out_finish(&choice->items[i].text);
+    }
+    free(choice->items);
     json_out_finish(&choice->text);
-    json_out_finish(&choice->reasoning);
     json_out_finish(&choice->logprobs);
     json_out_finish(&choice->lp_values);
     json_out_finish(&choice->lp_top);
@@ -881,6 +889,7 @@ void api_call_finish(struct api_call *call)
     free(call->prompts);
     chat_prompt_finish(&call->chat);
     json_out_finish(&call->head);
+    json_decref(call->tools);
     json_decref(call->json);
     free(call->body);
 }
@@ -913,9 +922,11 @@ static void call_release(struct api_call *call)
 
 /* ---- what shapes share ---- */
 
-const char *api_finish_name(enum gen_finish finish)
+const char *api_finish_name(const struct api_choice *choice)
 {
-    return finish == GEN_STOP ? "stop" : "length";
+    if (choice->finish != GEN_STOP || choice->parser.broken)
+        return "length";
+    return choice->parser.n_calls ? "tool_calls" : "stop";
 }
 
 void api_out_usage(struct api_call *call, struct json_out *o)
@@ -926,7 +937,7 @@ void api_out_usage(struct api_call *call, struct json_out *o)
     for (size_t i = 0; i < call->n_choices; i++) {
         const struct api_choice *choice = &call->choices[i];
         n_output += choice->usage.n_output;
-        n_reasoning += choice->output.n_reasoning;
+        n_reasoning += choice->parser.n_reasoning;
         if (i % (size_t)call->params.n == 0)
             n_cached += choice->usage.n_cached;
     }

@@ -3,8 +3,8 @@
  * api.c routes paths and holds what the shapes share (errors, validation, tokenising in the libuv
  * pool, n choices per request, cancel on disconnect); one file per shape: api_chat.c and
  * api_completions.c (OpenAI), api_generate.c (LightLLM's /generate), api_info.c (models, health,
- * tokenize, metrics, version). api_params.c is the table of all parameters, api_output.c takes
- * output apart (reasoning, content), api_internal.h holds what these files share.
+ * tokenize, metrics, version). api_params.c is the table of all parameters, api_output.c feeds
+ * output through text/glm_parser.c, api_internal.h holds what these files share.
  */
 #ifndef BATON_API_H
 #define BATON_API_H

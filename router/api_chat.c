@@ -46,7 +46,8 @@ enum err api_chat_render(struct api_call *call, const json_t *body)
     if (e != ERR_OK)
         return api_fail_err(f, e, "messages");
     call->thinking = thinking && p->add_generation_prompt;
-    call->has_tools = json_array_size(tools) > 0;
+    if (json_array_size(tools) > 0)
+        call->tools = json_incref((json_t *)tools);
     return api_call_add_prompts(call, 1) ? ERR_OK : ERR_NOMEM;
 }
 
@@ -216,30 +217,50 @@ static void chat_open(struct api_choice *choice)
     line_end(choice->call, o);
 }
 
-static void on_output(void *user, enum output_kind kind, const char *text, size_t n)
+static void out_delta(struct json_out *o, const struct glm_event *e)
+{
+    switch (e->kind) {
+    case GLM_EVENT_REASONING:
+        out_raw(o, "\"reasoning_content\":");
+        json_out_string(o, e->text, e->n_text);
+        out_raw(o, ",\"reasoning\":");
+        json_out_string(o, e->text, e->n_text);
+        break;
+    case GLM_EVENT_CONTENT:
+        out_raw(o, "\"content\":");
+        json_out_string(o, e->text, e->n_text);
+        break;
+    case GLM_EVENT_CALL_START:
+        json_out_fmt(o, "\"tool_calls\":[{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",",
+                     e->call_idx, e->id);
+        out_raw(o, "\"function\":{\"name\":");
+        json_out_string(o, e->text, e->n_text);
+        out_raw(o, ",\"arguments\":\"\"}}]");
+        break;
+    case GLM_EVENT_ARGUMENTS:
+        json_out_fmt(o, "\"tool_calls\":[{\"index\":%u,\"function\":{\"arguments\":", e->call_idx);
+        json_out_string(o, e->text, e->n_text);
+        out_raw(o, "}}]");
+        break;
+    case GLM_EVENT_CALL_END:
+        break;
+    }
+}
+
+static void chat_output(void *user, const struct glm_event *e)
 {
     struct api_choice *choice = user;
     struct api_call *call = choice->call;
-    if (kind == OUTPUT_REASONING && !call->params.include_reasoning)
+    if (e->kind == GLM_EVENT_CALL_END ||
+        (e->kind == GLM_EVENT_REASONING && !call->params.include_reasoning))
         return;
     if (!call->params.stream) {
-        struct json_out *whole = kind == OUTPUT_REASONING ? &choice->reasoning : &choice->text;
-        json_out_raw(whole, text, n);
-        if (whole->failed)
-            call->broken = true;
+        api_gather(choice, e);
         return;
     }
     struct json_out *o = api_line_begin(call);
     json_out_fmt(o, "{\"index\":%u,\"delta\":{", choice->idx);
-    if (kind == OUTPUT_REASONING) {
-        out_raw(o, "\"reasoning_content\":");
-        json_out_string(o, text, n);
-        out_raw(o, ",\"reasoning\":");
-        json_out_string(o, text, n);
-    } else {
-        out_raw(o, "\"content\":");
-        json_out_string(o, text, n);
-    }
+    out_delta(o, e);
     out_raw(o, "}");
     out_choice_end(choice, o, NULL);
     line_end(call, o);
@@ -248,18 +269,17 @@ static void on_output(void *user, enum output_kind kind, const char *text, size_
 static void chat_chunk(struct api_choice *choice, const struct gen_chunk *c)
 {
     api_chat_logprobs(choice, c);
-    output_push(&choice->output, c, &choice->call->api->scratch, on_output, choice);
-    if (choice->output.pos.failed)
-        choice->call->broken = true;
+    api_choice_push(choice, c);
 }
 
 static void chat_end(struct api_choice *choice, const struct gen_end *e)
 {
+    api_choice_stop(choice, e);
     if (!choice->call->params.stream)
         return;
     struct json_out *o = api_line_begin(choice->call);
     json_out_fmt(o, "{\"index\":%u,\"delta\":{}", choice->idx);
-    out_choice_end(choice, o, api_finish_name(e->finish));
+    out_choice_end(choice, o, api_finish_name(choice));
     line_end(choice->call, o);
 }
 
@@ -274,9 +294,56 @@ static void chat_stream_end(struct api_call *call)
     api_line_end(call);
 }
 
-static void out_span(struct json_out *o, const struct json_out *text)
+/* All text of a kind as one JSON string. */
+static void out_joined(struct json_out *o, struct api_choice *choice, enum glm_event_kind kind)
 {
-    json_out_string(o, text->len ? text->data : "", text->len);
+    struct json_out *whole = &choice->call->api->scratch;
+    whole->len = 0;
+    whole->failed = false;
+    for (size_t i = 0; i < choice->n_items; i++)
+        if (choice->items[i].kind == kind)
+            json_out_raw(whole, choice->items[i].text.data, choice->items[i].text.len);
+    json_out_string(o, whole->len ? whole->data : "", whole->len);
+    o->failed |= whole->failed;
+}
+
+static void out_calls(struct json_out *o, const struct api_choice *choice)
+{
+    const char *comma = ",\"tool_calls\":[";
+    for (size_t i = 0; i < choice->n_items; i++) {
+        const struct api_item *item = &choice->items[i];
+        if (item->kind != GLM_EVENT_CALL_START)
+            continue;
+        json_out_fmt(o, "%s{\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":", comma,
+                     item->id);
+        json_out_string(o, item->name.data, item->name.len);
+        out_raw(o, ",\"arguments\":");
+        json_out_string(o, item->text.len ? item->text.data : "", item->text.len);
+        out_raw(o, "}}");
+        comma = ",";
+    }
+    out_raw(o, "]");
+}
+
+static void out_message(struct json_out *o, struct api_choice *choice)
+{
+    bool has[GLM_EVENT_CALL_END] = {0};
+    for (size_t i = 0; i < choice->n_items; i++)
+        has[choice->items[i].kind] = true;
+    out_raw(o, "{\"role\":\"assistant\",\"content\":");
+    if (has[GLM_EVENT_CONTENT] || !has[GLM_EVENT_CALL_START])
+        out_joined(o, choice, GLM_EVENT_CONTENT);
+    else
+        out_raw(o, "null");
+    if (has[GLM_EVENT_REASONING]) {
+        out_raw(o, ",\"reasoning_content\":");
+        out_joined(o, choice, GLM_EVENT_REASONING);
+        out_raw(o, ",\"reasoning\":");
+        out_joined(o, choice, GLM_EVENT_REASONING);
+    }
+    if (has[GLM_EVENT_CALL_START])
+        out_calls(o, choice);
+    out_raw(o, ",\"refusal\":null}");
 }
 
 static void chat_body(struct api_call *call, struct json_out *o)
@@ -284,17 +351,9 @@ static void chat_body(struct api_call *call, struct json_out *o)
     json_out_raw(o, call->head.data, call->head.len);
     for (size_t i = 0; i < call->n_choices; i++) {
         struct api_choice *choice = &call->choices[i];
-        json_out_fmt(o, "%s{\"index\":%u,\"message\":{\"role\":\"assistant\",\"content\":",
-                     i ? "," : "", choice->idx);
-        out_span(o, &choice->text);
-        if (choice->reasoning.len) {
-            out_raw(o, ",\"reasoning_content\":");
-            out_span(o, &choice->reasoning);
-            out_raw(o, ",\"reasoning\":");
-            out_span(o, &choice->reasoning);
-        }
-        out_raw(o, ",\"refusal\":null}");
-        out_choice_end(choice, o, api_finish_name(choice->finish));
+        json_out_fmt(o, "%s{\"index\":%u,\"message\":", i ? "," : "", choice->idx);
+        out_message(o, choice);
+        out_choice_end(choice, o, api_finish_name(choice));
     }
     out_raw(o, "],\"usage\":");
     api_out_usage(call, o);
@@ -310,6 +369,7 @@ const struct api_shape api_shape_chat = {
     .open = chat_open,
     .chunk = chat_chunk,
     .end = chat_end,
+    .output = chat_output,
     .stream_end = chat_stream_end,
     .body = chat_body,
 };

@@ -218,15 +218,15 @@ static void completions_open(struct api_choice *choice)
         write_line(choice, choice->prompt->echo, choice->prompt->n_echo, NULL);
 }
 
-static void on_output(void *user, enum output_kind kind, const char *text, size_t n)
+/* A raw prompt has neither reasoning nor calls: it is all content. */
+static void on_output(void *user, const struct glm_event *e)
 {
-    (void)kind; /* a raw prompt has no reasoning */
     struct api_choice *choice = user;
     if (choice->call->params.stream) {
-        write_line(choice, text, n, NULL);
+        write_line(choice, e->text, e->n_text, NULL);
         return;
     }
-    json_out_raw(&choice->text, text, n);
+    json_out_raw(&choice->text, e->text, e->n_text);
     if (choice->text.failed)
         choice->call->broken = true;
 }
@@ -234,13 +234,14 @@ static void on_output(void *user, enum output_kind kind, const char *text, size_
 static void completions_chunk(struct api_choice *choice, const struct gen_chunk *c)
 {
     gather_logprobs(choice, c);
-    output_push(&choice->output, c, &choice->call->api->scratch, on_output, choice);
+    api_choice_push(choice, c);
 }
 
 static void completions_end(struct api_choice *choice, const struct gen_end *e)
 {
+    api_choice_stop(choice, e);
     if (choice->call->params.stream)
-        write_line(choice, "", 0, api_finish_name(e->finish));
+        write_line(choice, "", 0, api_finish_name(choice));
 }
 
 static void completions_stream_end(struct api_call *call)
@@ -272,7 +273,7 @@ static void completions_body(struct api_call *call, struct json_out *o)
         } else {
             json_out_string(o, choice->text.len ? choice->text.data : "", choice->text.len);
         }
-        out_choice_end(choice, o, api_finish_name(choice->finish));
+        out_choice_end(choice, o, api_finish_name(choice));
     }
     out_raw(o, "],\"usage\":");
     api_out_usage(call, o);
@@ -288,6 +289,7 @@ const struct api_shape api_shape_completions = {
     .open = completions_open,
     .chunk = completions_chunk,
     .end = completions_end,
+    .output = on_output,
     .stream_end = completions_stream_end,
     .body = completions_body,
 };

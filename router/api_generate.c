@@ -136,8 +136,9 @@ static void generate_chunk(struct api_choice *choice, const struct gen_chunk *c)
 
 static void generate_end(struct api_choice *choice, const struct gen_end *e)
 {
+    (void)e;
     if (choice->call->params.stream || choice->token.held || choice->token.text.len)
-        release_token(choice, api_finish_name(e->finish));
+        release_token(choice, api_finish_name(choice));
 }
 
 /* One value if there is one choice, else an array of each's. */
@@ -159,7 +160,7 @@ static void out_count(struct api_choice *choice, struct json_out *o)
 
 static void out_finish(struct api_choice *choice, struct json_out *o)
 {
-    out_text(o, api_finish_name(choice->finish));
+    out_text(o, api_finish_name(choice));
 }
 
 static void out_tokens(struct api_choice *choice, struct json_out *o)

@@ -12,6 +12,7 @@
 #include "router/api.h"
 #include "router/text/chat_template.h"
 #include "router/text/detokenizer.h"
+#include "router/text/glm_parser.h"
 #include "router/text/stop.h"
 
 #define API_MAX_N       16   /* choices per prompt */
@@ -104,26 +105,15 @@ struct text_pos {
 void text_pos_init(struct text_pos *t, const struct tokenizer *tokenizer, bool skip_special);
 void text_pos_push(struct text_pos *t, int32_t id, struct json_out *scratch);
 
-/* What the output of a choice consists of. Tool calls will be further kinds. */
-enum output_kind { OUTPUT_REASONING, OUTPUT_CONTENT };
-typedef void output_fn(void *user, enum output_kind kind, const char *text, size_t n);
-
-/* Splits a choice's text, streamed or not, by token ids (never by what the text looks like). */
-struct output {
-    struct text_pos pos;
-    uint64_t n_text;      /* bytes of text seen */
-    uint64_t close_at;    /* where the closing token's text begins; UINT64_MAX: not seen */
-    uint64_t close_n;     /* bytes of it to leave out */
-    int32_t close_id;     /* </think> */
-    int32_t tool_id;      /* <tool_call> also ends reasoning; -1: no */
-    uint32_t n_reasoning; /* tokens, </think> included */
-    bool reasoning;       /* still before close_at */
-    bool skip_newlines;   /* those right after </think> */
+/* A stretch of a choice's output, gathered: reasoning, content or a call. */
+struct api_item {
+    enum glm_event_kind kind;   /* REASONING, CONTENT, or CALL_START for a call */
+    char id[32];                /* of a call */
+    struct json_out name, text; /* of a call: function and arguments */
 };
-void output_init(struct output *o, const struct tokenizer *tokenizer, bool reasoning,
-                 bool skip_special, int32_t close_id, int32_t tool_id);
-void output_push(struct output *o, const struct gen_chunk *c, struct json_out *scratch,
-                 output_fn *fn, void *user);
+/* Adds e to choice->items; events of one kind that follow each other are one item. Out of memory:
+ * the call is marked broken. */
+void api_gather(struct api_choice *choice, const struct glm_event *e);
 
 /* JSON of a token's text, bytes that are no UTF-8 replaced; and of a float, shortest form. */
 void out_token(struct json_out *o, const struct tokenizer *t, int32_t id);
@@ -148,6 +138,8 @@ struct api_shape {
     void (*open)(struct api_choice *choice);
     void (*chunk)(struct api_choice *choice, const struct gen_chunk *c);
     void (*end)(struct api_choice *choice, const struct gen_end *e);
+    /* What the output says, taken apart (user: the choice); called by api_choice_push and _stop. */
+    glm_event_fn *output;
     /* All choices ended. stream: writes what comes before [DONE]. body: the whole answer. */
     void (*stream_end)(struct api_call *call);
     void (*body)(struct api_call *call, struct json_out *out);
@@ -179,8 +171,10 @@ struct api_choice {
     bool opened, ended;
     enum gen_finish finish;
     struct gen_usage usage;
-    struct output output;
-    struct json_out text, reasoning;
+    struct glm_parser parser;
+    struct api_item *items;
+    size_t n_items, cap_items;
+    struct json_out text;
     struct json_out logprobs; /* entries not yet written, comma-separated */
     struct text_pos pos;      /* completions' text_offset, /generate's tokens */
     struct json_out lp_values, lp_top, lp_offsets; /* completions' other columns */
@@ -221,8 +215,8 @@ struct api_call {
     struct api_params params;
     struct api_failure failure;
     struct chat_prompt chat;
+    json_t *tools; /* those that the model was shown, or NULL */
     bool thinking; /* the chat's output begins inside reasoning */
-    bool has_tools;
 
     struct api_prompt *prompts;
     size_t n_prompts;
@@ -241,8 +235,7 @@ struct api {
     uint64_t random; /* state; ids and seeds are drawn from it */
     uint64_t created_s;
     uint64_t silence_us; /* a stream that says nothing for that long gets a comment */
-    int32_t think_end_id, tool_call_id;
-    bool split_reasoning, default_thinking;
+    bool split_reasoning, parse_calls, default_thinking;
     struct json_out line, scratch; /* reused by everything on the loop */
 };
 
@@ -265,12 +258,17 @@ MUST_CHECK enum err api_call_encoded(struct api_call *call, const char *param);
 /* An id that ends the output (so it has no text and no logprob entry of its own). */
 bool api_ends_output(const struct api_call *call, int32_t id);
 
+/* Output through the parser to the shape's output; at its end what the parser held back. */
+void api_choice_push(struct api_choice *choice, const struct gen_chunk *c);
+void api_choice_stop(struct api_choice *choice, const struct gen_end *e);
+
 /* A line of a stream: begin gives the buffer with "data: " and call->head in it. */
 struct json_out *api_line_begin(struct api_call *call);
 void api_line_end(struct api_call *call);
 /* "usage" of the whole call (prompt tokens once per prompt), as an object. */
 void api_out_usage(struct api_call *call, struct json_out *o);
-const char *api_finish_name(enum gen_finish finish);
+/* "stop" or "length"; "tool_calls" if the model stopped after calls. */
+const char *api_finish_name(const struct api_choice *choice);
 
 /* Answers at once. type NULL: application/json. request_id "": one is drawn. */
 void api_reply(struct api *a, struct http_exchange *x, const char *request_id, uint64_t arrival_us,

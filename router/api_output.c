@@ -1,11 +1,9 @@
-/* api_output.c: what a choice's tokens and text mean: reasoning or answer, and which token is
- * where.
+/* api_output.c: a choice's output: through the parser, gathered, and which token is where.
  *
- * The one seam where output is taken apart: every shape, streamed or not, sees a choice's text only
- * through output_push. It goes by token ids, because a model can write the letters "</think>"
- * without meaning the token. A gen's text is the plain concatenation of its ids' texts (cut short
- * by a stop string, delayed by hold-back), so a detokeniser of our own over the ids tells at which
- * byte of the text a token stands, however late that text arrives.
+ * Every shape but LightLLM's sees output only as the parser's events, streamed or not. A gen's text
+ * is the plain concatenation of its ids' texts (cut short by a stop string, delayed by hold-back),
+ * so a detokeniser of our own over the ids tells at which byte of the text a token stands, however
+ * late that text arrives.
  */
 #include "router/api_internal.h"
 
@@ -29,65 +27,60 @@ void text_pos_push(struct text_pos *t, int32_t id, struct json_out *scratch)
         t->n_chars += ((unsigned char)scratch->data[i] & 0xc0) != 0x80;
 }
 
-void output_init(struct output *o, const struct tokenizer *tokenizer, bool reasoning,
-                 bool skip_special, int32_t close_id, int32_t tool_id)
+static struct api_item *add_item(struct api_choice *choice, const struct glm_event *e)
 {
-    *o = (struct output){.close_at = UINT64_MAX,
-                         .close_id = close_id,
-                         .tool_id = tool_id,
-                         .reasoning = reasoning && close_id >= 0};
-    text_pos_init(&o->pos, tokenizer, skip_special);
+    if (choice->n_items == choice->cap_items) {
+        size_t cap = choice->cap_items ? choice->cap_items * 2 : 4;
+        struct api_item *items = realloc(choice->items, cap * sizeof(*items));
+        if (!items)
+            return NULL;
+        choice->items = items;
+        choice->cap_items = cap;
+    }
+    struct api_item *item = &choice->items[choice->n_items++];
+    *item = (struct api_item){.kind = e->kind};
+    return item;
 }
 
-/* Looks for the token that ends reasoning. */
-static void find_close(struct output *o, const struct gen_chunk *c, struct json_out *scratch)
+void api_gather(struct api_choice *choice, const struct glm_event *e)
 {
-    for (int i = 0; i < c->n_ids && o->close_at == UINT64_MAX; i++) {
-        int32_t id = c->ids[i];
-        text_pos_push(&o->pos, id, scratch);
-        o->n_reasoning++;
-        if (id != o->close_id && id != o->tool_id)
-            continue;
-        size_t n = 0;
-        bool shown =
-            tokenizer_bytes(o->pos.detok.tokenizer, id, &n) &&
-            !(o->pos.detok.skip_special && tokenizer_is_special(o->pos.detok.tokenizer, id));
-        o->close_at = o->pos.n_bytes - (shown ? n : 0);
-        o->close_n = shown && id == o->close_id ? n : 0;
-        o->skip_newlines = id == o->close_id;
+    struct api_item *last = choice->n_items ? &choice->items[choice->n_items - 1] : NULL;
+    switch (e->kind) {
+    case GLM_EVENT_CALL_START:
+        last = add_item(choice, e);
+        if (last) {
+            snprintf(last->id, sizeof(last->id), "%s", e->id);
+            json_out_raw(&last->name, e->text, e->n_text);
+        }
+        break;
+    case GLM_EVENT_REASONING:
+    case GLM_EVENT_CONTENT:
+        if (!last || last->kind != e->kind)
+            last = add_item(choice, e);
+        /* fall through */
+    case GLM_EVENT_ARGUMENTS:
+        if (last)
+            json_out_raw(&last->text, e->text, e->n_text);
+        break;
+    case GLM_EVENT_CALL_END:
+        break;
     }
+    if (!last || last->name.failed || last->text.failed)
+        choice->call->broken = true;
 }
 
-void output_push(struct output *o, const struct gen_chunk *c, struct json_out *scratch,
-                 output_fn *fn, void *user)
+void api_choice_push(struct api_choice *choice, const struct gen_chunk *c)
 {
-    if (o->reasoning)
-        find_close(o, c, scratch);
+    glm_parser_push(&choice->parser, c->ids, (size_t)c->n_ids, c->text, c->n_text);
+    if (choice->parser.failed)
+        choice->call->broken = true;
+}
 
-    const char *p = c->text, *end = c->text + c->n_text;
-    if (o->reasoning) {
-        uint64_t left = o->close_at - o->n_text; /* of reasoning, from p on */
-        size_t n = MIN((uint64_t)c->n_text, left);
-        if (n)
-            fn(user, OUTPUT_REASONING, p, n);
-        p += n;
-        o->n_text += n;
-        if (o->n_text < o->close_at)
-            return;
-        o->reasoning = false;
-    }
-    if (o->close_n) {
-        size_t n = MIN((uint64_t)(end - p), o->close_n);
-        p += n;
-        o->close_n -= n;
-    }
-    if (o->skip_newlines && o->close_n == 0 && p < end) {
-        while (p < end && *p == '\n')
-            p++;
-        o->skip_newlines = p == end;
-    }
-    if (p < end)
-        fn(user, OUTPUT_CONTENT, p, (size_t)(end - p));
+void api_choice_stop(struct api_choice *choice, const struct gen_end *e)
+{
+    glm_parser_end(&choice->parser, e->finish == GEN_STOP);
+    if (choice->parser.failed)
+        choice->call->broken = true;
 }
 
 void out_raw(struct json_out *o, const char *text) { json_out_raw(o, text, strlen(text)); }

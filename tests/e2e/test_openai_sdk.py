@@ -60,7 +60,6 @@ def test_stream_without_usage(client):
     assert all(c.choices and c.usage is None for c in chat(client, stream=True))
 
 
-@pytest.mark.xfail(reason="tool calls are not taken apart yet", strict=True)
 def test_tool_call(client):
     tools = [{"type": "function", "function": {
         "name": "set_light", "description": "Switch a light", "parameters": {

@@ -58,7 +58,7 @@ static void try_shape(const struct api_shape *shape, bool stream_path, const uin
                       size_t n)
 {
     static const int32_t eos[] = {256, 263};
-    static struct api api = {.default_thinking = true, .think_end_id = 267};
+    static struct api api = {.default_thinking = true, .parse_calls = true};
     struct api_call call = {.api = &api,
                             .shape = shape,
                             .stream_path = stream_path,

@@ -906,8 +906,9 @@ static void reasoning_goes_by_ids(void)
     a = ask("POST", CHAT,
             "{\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]," HI "}");
     CHECK(strstr(asked.prompt, "# Tools") != NULL);
-    CHECK_STR(text_at(a.json, "choices.0.message.reasoning"), "r");
-    CHECK_STR(text_at(a.json, "choices.0.message.content"), "<tool_call>f");
+    CHECK_STR(text_at(a.json, "choices.0.message.reasoning"), "r<tool_call>f"); /* it is none */
+    CHECK_STR(text_at(a.json, "choices.0.message.content"), "");
+    CHECK(!at(a.json, "choices.0.message.tool_calls"));
     answer_finish(&a);
     script_reset("r");
     a = ask("POST", CHAT,
@@ -915,6 +916,117 @@ static void reasoning_goes_by_ids(void)
             "\"tool_choice\":\"none\"," HI "}");
     CHECK(strstr(asked.prompt, "# Tools") == NULL);
     answer_finish(&a);
+}
+
+#define TOOLS                                                                                      \
+    "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"light\",\"parameters\":{\"type\":" \
+    "\"object\",\"properties\":{\"room\":{\"type\":\"string\"},\"on\":{\"type\":\"boolean\"}}}}}," \
+    "{\"type\":\"function\",\"function\":{\"name\":\"now\"}}],"
+#define ON "<arg_key>on</arg_key><arg_value>true</arg_value>"
+
+/* The same output whole and streamed. */
+static void tool_calls(void)
+{
+    static const struct {
+        const char *output, *reasoning, *content; /* content NULL: null */
+        const char *names[2], *arguments[2];
+        const char *finish;
+        bool limit; /* the output is cut, not ended */
+    } rows[] = {
+        {"why</think><tool_call>light<arg_key>room</arg_key><arg_value>a \"b\"\n</arg_value>" ON
+         "</tool_call>",
+         "why",
+         NULL,
+         {"light"},
+         {"{\"room\": \"a \\\"b\\\"\\n\", \"on\": true}"},
+         "tool_calls"},
+        {"why</think>Wait.<tool_call>now</tool_call> And<tool_call>light" ON "</tool_call>",
+         "why",
+         "Wait. And",
+         {"now", "light"},
+         {"{}", "{\"on\": true}"},
+         "tool_calls"},
+        {"why<tool_call>now</tool_call>", "why", NULL, {"now"}, {"{}"}, "tool_calls"},
+        {"</think>no call", "", "no call", {NULL}, {NULL}, "stop"},
+        {"</think>", "", "", {NULL}, {NULL}, "stop"},
+        {"</think><tool_call>light<arg_key>room</arg_key><arg_value>gar",
+         "",
+         NULL,
+         {"light"},
+         {"{\"room\": \"gar"},
+         "length",
+         true},
+        {"</think>a<tool_call>ligh", "", "a<tool_call>ligh", {NULL}, {NULL}, "length", true},
+    };
+    cluster.model.max_total_tokens = 4096;
+    for (size_t i = 0; i < ARRAY_LEN(rows) * 3; i++) {
+        size_t k = i / 3;
+        script_reset(rows[k].output);
+        script.no_eos = rows[k].limit;
+        script.per_chunk = i % 3 == 0 ? 1 : i % 3 == 1 ? 7 : 60;
+        struct answer a = ask("POST", CHAT, "{" TOOLS HI "}");
+        struct answer s = ask("POST", CHAT, "{\"stream\":true," TOOLS HI "}");
+        const json_t *m = at(a.json, "choices.0.message");
+        CHECK_STR(text_at(a.json, "choices.0.finish_reason"), rows[k].finish);
+        CHECK(rows[k].content ? json_is_string(at(m, "content")) : json_is_null(at(m, "content")));
+        json_t *e = events_of(&s, "data: ");
+        if (rows[k].content)
+            CHECK_STR(text_at(m, "content"), rows[k].content);
+        CHECK_JOINED(e, 0, "choices.0.delta.content", rows[k].content ? rows[k].content : "");
+        CHECK_JOINED(e, 0, "choices.0.delta.reasoning", rows[k].reasoning);
+        CHECK(rows[k].reasoning[0] ? !strcmp(text_at(m, "reasoning"), rows[k].reasoning)
+                                   : !at(m, "reasoning"));
+        CHECK_STR(text_at(json_array_get(e, json_array_size(e) - 2), "choices.0.finish_reason"),
+                  rows[k].finish);
+        CHECK_INT(json_array_size(at(m, "tool_calls")), !!rows[k].names[0] + !!rows[k].names[1]);
+        for (size_t c = 0; c < 2 && rows[k].names[c]; c++) {
+            const json_t *call = json_array_get(at(m, "tool_calls"), c);
+            CHECK_STR(text_at(call, "function.name"), rows[k].names[c]);
+            CHECK_STR(text_at(call, "function.arguments"), rows[k].arguments[c]);
+            CHECK_STR(text_at(call, "type"), "function");
+            CHECK(!strncmp(text_at(call, "id"), "call_", 5) && strlen(text_at(call, "id")) == 29);
+        }
+        struct json_out arguments[2] = {{0}};
+        int n_heads = 0;
+        for (size_t j = 0; j < json_array_size(e); j++) {
+            const json_t *t = at(json_array_get(e, j), "choices.0.delta.tool_calls.0");
+            if (!t)
+                continue;
+            long long idx = int_at(t, "index");
+            REQUIRE(idx >= 0 && idx < 2 && rows[k].names[idx]);
+            if (at(t, "id")) {
+                CHECK_INT(idx, n_heads++);
+                CHECK_STR(text_at(t, "function.name"), rows[k].names[idx]);
+                CHECK_STR(text_at(t, "type"), "function");
+            }
+            const char *part = text_at(t, "function.arguments");
+            json_out_raw(&arguments[idx], part, strlen(part));
+        }
+        for (int c = 0; c < 2; c++) {
+            json_out_raw(&arguments[c], "", 1);
+            CHECK_STR(arguments[c].data, rows[k].arguments[c] ? rows[k].arguments[c] : "");
+            json_out_finish(&arguments[c]);
+        }
+        json_decref(e);
+        answer_finish(&a);
+        answer_finish(&s);
+    }
+
+    /* Two requests with one seed do not share ids; --tool-call-parser none leaves all as text. */
+    script_reset("</think><tool_call>now</tool_call>");
+    struct answer a = ask("POST", CHAT, "{\"seed\":1," TOOLS HI "}");
+    struct answer b = ask("POST", CHAT, "{\"seed\":1," TOOLS HI "}");
+    CHECK(strcmp(text_at(a.json, "choices.0.message.tool_calls.0.id"),
+                 text_at(b.json, "choices.0.message.tool_calls.0.id")) != 0);
+    answer_finish(&a);
+    answer_finish(&b);
+    api->parse_calls = false;
+    a = ask("POST", CHAT, "{" TOOLS HI "}");
+    CHECK_STR(text_at(a.json, "choices.0.message.content"), "<tool_call>now</tool_call>");
+    CHECK_STR(text_at(a.json, "choices.0.finish_reason"), "stop");
+    answer_finish(&a);
+    api->parse_calls = true;
+    cluster.model.max_total_tokens = CONTEXT;
 }
 
 static void chat_streams(void)
@@ -1441,6 +1553,7 @@ int main(void)
     RUN(http_details);
     RUN(chat_answers);
     RUN(reasoning_goes_by_ids);
+    RUN(tool_calls);
     RUN(chat_streams);
     RUN(usage_chunk);
     RUN(several_choices);
