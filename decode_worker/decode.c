@@ -147,6 +147,7 @@ static void stream_end(struct decode *d, struct stream *gone)
     free(gone->pages);
     free(gone->output_count);
     free(gone->in_prompt);
+    free(gone->bias_id);
     free(gone);
 }
 
@@ -211,6 +212,22 @@ static enum err count_ids(struct decode *d, struct stream *st, const struct wire
     return ERR_OK;
 }
 
+static enum err keep_bias(struct decode *d, struct stream *st, const struct wire_submit *s,
+                          const int32_t *ids)
+{
+    size_t n_bytes = s->n_bias * (sizeof(int32_t) + sizeof(float));
+    for (uint32_t i = 0; i < s->n_bias; i++)
+        if (ids[i] >= d->model->n_token_ids)
+            return err_set(ERR_INVALID, "biased token id %d is outside [0, %d)", ids[i],
+                           d->model->n_token_ids);
+    st->bias_id = malloc(n_bytes);
+    if (!st->bias_id)
+        return err_set(ERR_NOMEM, "no memory for a bias");
+    memcpy(st->bias_id, ids, n_bytes);
+    st->n_bias = s->n_bias;
+    return ERR_OK;
+}
+
 static void on_submit(struct decode *d, const struct wire_msg *m)
 {
     const struct wire_submit *s = m->body;
@@ -260,12 +277,14 @@ static void on_submit(struct decode *d, const struct wire_msg *m)
         stream_fail(d, st, ERR_TOO_LONG, why);
         return;
     }
-    if (stream_penalised(&s->sampling)) {
-        enum err err = s->n_ids == n_input ? count_ids(d, st, s, m->tail)
-                                           : err_set(ERR_PROTO, "SUBMIT lacks ids for penalties");
-        if (err != ERR_OK)
-            stream_fail(d, st, err, err_text(err));
-    }
+    enum err err = ERR_OK;
+    if (stream_penalised(&s->sampling))
+        err = s->n_ids == n_input ? count_ids(d, st, s, m->tail)
+                                  : err_set(ERR_PROTO, "SUBMIT lacks ids for penalties");
+    if (err == ERR_OK && s->n_bias > 0)
+        err = keep_bias(d, st, s, (const int32_t *)m->tail + s->n_ids);
+    if (err != ERR_OK)
+        stream_fail(d, st, err, err_text(err));
 }
 
 /* Pages for waiting attempts, first come first served among those whose prefill worker has joined.

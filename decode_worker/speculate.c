@@ -173,6 +173,15 @@ static void keep_draw(struct stream *st, uint32_t j, int32_t id, float logprob,
         st->top[j][t] = (struct wire_top){top_id[t], top_logprob[t]};
 }
 
+static void set_bias(const struct stream *st, struct sample_row *row)
+{
+    if (!st->n_bias)
+        return;
+    row->n_bias = (int32_t)st->n_bias;
+    row->bias_id = st->bias_id;
+    row->bias_value = stream_bias_value(st);
+}
+
 /* Rows without penalties are independent: one call draws them all. */
 static enum err draw_plain(struct speculate *s, struct stream **streams, int n)
 {
@@ -188,6 +197,7 @@ static enum err draw_plain(struct speculate *s, struct stream **streams, int n)
             s->owner[n_rows] = st;
             worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, s->banned[i],
                               n_banned, &s->rows[n_rows]);
+            set_bias(st, &s->rows[n_rows]);
             n_rows++;
         }
     }
@@ -216,6 +226,7 @@ static enum err draw_penalised(struct speculate *s, struct stream *st, int32_t *
                           &row);
         row.output_count = st->output_count;
         row.in_prompt = st->in_prompt;
+        set_bias(st, &row);
         int32_t idx = st->window_row + (int)j, id;
         float logprob;
         err = engine_sample(s->config.engine, 1, &idx, &row, MAX(st->sampling.n_logprobs, 0), &id,

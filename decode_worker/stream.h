@@ -62,7 +62,14 @@ struct stream {
 
     int32_t *output_count; // [V], NULL without penalties
     uint8_t *in_prompt;    // [V]
+    uint32_t n_bias;
+    int32_t *bias_id; // [n_bias], and their values behind them; NULL without
 };
+
+static inline const float *stream_bias_value(const struct stream *st)
+{
+    return (const float *)st->bias_id + st->n_bias;
+}
 
 static inline bool stream_penalised(const struct wire_sampling *s)
 {

@@ -63,7 +63,8 @@ struct prompt {
     float *hidden;
     float logprob;
     struct wire_top top[WIRE_MAX_TOP];
-    int32_t ids[];
+    uint32_t n_bias;
+    int32_t ids[]; // [n_ids], then bias_id[n_bias] and their values
 };
 
 struct early_grant {
@@ -307,13 +308,14 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
         code = ERR_PEER_LOST;
         snprintf(why, sizeof(why), "decode worker %016" PRIx64 " is unknown here", peer);
     }
-    for (uint32_t i = 0; code == ERR_OK && i < s->n_ids; i++)
+    for (uint32_t i = 0; code == ERR_OK && i < s->n_ids + s->n_bias; i++)
         if (ids[i] < 0 || ids[i] >= p->model->n_token_ids) {
             code = ERR_INVALID;
             snprintf(why, sizeof(why), "token id %d at %u is outside [0, %d)", ids[i], i,
                      p->model->n_token_ids);
         }
-    struct prompt *q = code == ERR_OK ? calloc(1, sizeof(*q) + s->n_ids * sizeof(q->ids[0])) : NULL;
+    size_t n_bytes = (s->n_ids + 2 * (size_t)s->n_bias) * sizeof(ids[0]);
+    struct prompt *q = code == ERR_OK ? calloc(1, sizeof(*q) + n_bytes) : NULL;
     if (!q) {
         if (peer)
             send_release(p, peer, req_id, attempt, 0);
@@ -329,9 +331,10 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
     q->n_prompt = s->n_prompt;
     q->n_emitted = s->n_emitted;
     q->n_ids = s->n_ids;
+    q->n_bias = s->n_bias;
     q->n_pages = n_pages;
     q->arrival_us = clock_now_us();
-    memcpy(q->ids, ids, s->n_ids * sizeof(q->ids[0]));
+    memcpy(q->ids, ids, n_bytes);
     struct prompt **at = &p->prompts;
     while (*at)
         at = &(*at)->next;
@@ -531,6 +534,9 @@ static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
         row.output_count = p->output_count;
         row.in_prompt = p->in_prompt;
     }
+    row.n_bias = (int32_t)q->n_bias;
+    row.bias_id = q->ids + q->n_ids;
+    row.bias_value = (const float *)(q->ids + q->n_ids + q->n_bias);
     int32_t idx = logit, top_id[WIRE_MAX_TOP];
     float top_logprob[WIRE_MAX_TOP];
     TRY(engine_sample(p->engine, 1, &idx, &row, MAX(s->n_logprobs, 0), &q->token, &q->logprob,

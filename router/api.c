@@ -106,6 +106,7 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
     a->silence_us = SILENCE_US;
     a->split_reasoning = strcmp(c->config->reasoning_parser, "none") != 0;
     a->parse_calls = strcmp(c->config->tool_call_parser, "none") != 0;
+    a->call_end_id = tokenizer_added_id(c->tokenizer, "</tool_call>");
     a->default_thinking = strcmp(c->config->default_reasoning, "off") != 0;
     int r = uv_timer_init(c->loop, &a->tick);
     if (r == 0)
@@ -510,11 +511,11 @@ enum err api_call_parse(struct api_call *call)
     TRY(call->shape->parse(call, call->json));
     if (call->stream_path)
         call->params.stream = true;
-    call->n_choices = call->n_prompts * (size_t)call->params.n;
+    call->n_each = (size_t)MAX(call->params.n, call->params.best_of);
+    call->n_choices = call->n_prompts * call->n_each;
     if (call->n_choices > API_MAX_CHOICES)
-        return api_refuse(&call->failure, "n",
-                          "%zu prompts with n %lld are %zu choices, at most %d", call->n_prompts,
-                          (long long)call->params.n, call->n_choices, API_MAX_CHOICES);
+        return api_refuse(&call->failure, "n", "%zu prompts with n %zu are %zu choices, at most %d",
+                          call->n_prompts, call->n_each, call->n_choices, API_MAX_CHOICES);
     return ERR_OK;
 }
 
@@ -673,10 +674,15 @@ static enum err choice_start(struct api_choice *choice, uint32_t i)
         .n_stop = call->params.n_stop,
         .include_stop = call->params.include_stop,
         .skip_special = call->params.skip_special,
+        .bias_id = call->params.bias_id,
+        .bias_value = call->params.bias_value,
+        .n_bias = call->params.n_bias,
         .cache_salt = call->params.cache_salt,
         .arrival_us = call->arrival_us,
     };
     api_params_sampling(&call->params, &call->model, &p.sampling);
+    if (call->n_each > (size_t)call->params.n)
+        p.sampling.n_logprobs = MAX(p.sampling.n_logprobs, 0); /* best_of goes by them */
     p.sampling.seed = i == 0 ? call->seed : hash_mix(call->seed ^ i * 0x9e3779b97f4a7c15u);
     p.sampling.max_tokens = choice->prompt->max_tokens;
     return gen_start(call->api->c.cluster, &p, &callbacks, choice, &choice->gen);
@@ -697,7 +703,7 @@ static void call_run(struct api_call *call)
         call_fail(call);
         return;
     }
-    size_t n = (size_t)call->params.n;
+    size_t n = call->n_each;
     for (size_t i = 0; i < call->n_choices; i++) {
         struct api_choice *choice = &call->choices[i];
         choice->call = call;
@@ -889,6 +895,7 @@ void api_call_finish(struct api_call *call)
     free(call->prompts);
     chat_prompt_finish(&call->chat);
     json_out_finish(&call->head);
+    api_params_finish(&call->params);
     json_decref(call->tools);
     json_decref(call->json);
     free(call->body);
@@ -936,9 +943,9 @@ void api_out_usage(struct api_call *call, struct json_out *o)
         n_prompt += call->prompts[i].n_ids;
     for (size_t i = 0; i < call->n_choices; i++) {
         const struct api_choice *choice = &call->choices[i];
-        n_output += choice->usage.n_output;
+        n_output += choice->ended ? choice->usage.n_output : choice->n_tokens;
         n_reasoning += choice->parser.n_reasoning;
-        if (i % (size_t)call->params.n == 0)
+        if (i % call->n_each == 0)
             n_cached += choice->usage.n_cached;
     }
     json_out_fmt(o,
@@ -948,4 +955,16 @@ void api_out_usage(struct api_call *call, struct json_out *o)
                  (unsigned long long)n_prompt, (unsigned long long)n_output,
                  (unsigned long long)(n_prompt + n_output), (unsigned long long)n_cached,
                  (unsigned long long)n_reasoning);
+}
+
+void api_out_line_usage(struct api_call *call, struct json_out *o)
+{
+    out_raw(o, "]");
+    if (call->params.running_usage) {
+        out_raw(o, ",\"usage\":");
+        api_out_usage(call, o);
+    } else if (call->params.include_usage) {
+        out_raw(o, ",\"usage\":null");
+    }
+    out_raw(o, "}");
 }

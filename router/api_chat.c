@@ -14,6 +14,21 @@ static enum err check_tools(const json_t *tools, struct api_failure *f);
 
 /* ---- request ---- */
 
+static enum err stop_after_call(struct api_call *call)
+{
+    struct api_params *p = &call->params;
+    if (!call->api->parse_calls || call->api->call_end_id < 0)
+        return ERR_OK;
+    if (p->n_stop_ids == WIRE_MAX_STOP_IDS)
+        return api_refuse(&call->failure, "stop_token_ids",
+                          "stop_token_ids has %u ids, must have at most %u without "
+                          "parallel_tool_calls",
+                          p->n_stop_ids, WIRE_MAX_STOP_IDS - 1);
+    p->stop_ids[p->n_stop_ids++] = call->api->call_end_id;
+    call->one_call = true;
+    return ERR_OK;
+}
+
 /* Prompts are made of messages in /tokenize as well. */
 enum err api_chat_render(struct api_call *call, const json_t *body)
 {
@@ -46,8 +61,11 @@ enum err api_chat_render(struct api_call *call, const json_t *body)
     if (e != ERR_OK)
         return api_fail_err(f, e, "messages");
     call->thinking = thinking && p->add_generation_prompt;
-    if (json_array_size(tools) > 0)
+    if (json_array_size(tools) > 0) {
         call->tools = json_incref((json_t *)tools);
+        if (!p->parallel_tool_calls)
+            TRY(stop_after_call(call));
+    }
     return api_call_add_prompts(call, 1) ? ERR_OK : ERR_NOMEM;
 }
 
@@ -137,6 +155,10 @@ static enum err check_tools(const json_t *tools, struct api_failure *f)
             return api_refuse(f, "tools", "tools[%zu].type must be \"function\"", i);
         if (!json_is_string(json_object_get(json_object_get(tool, "function"), "name")))
             return api_refuse(f, "tools", "tools[%zu].function.name must be a string", i);
+        const json_t *function = json_object_get(tool, "function");
+        if (json_is_true(json_object_get(function, "strict")))
+            return api_fail(f, 400, "unsupported_value", "tools",
+                            "tools[%zu].function.strict is not supported", i);
     }
     return ERR_OK;
 }
@@ -203,7 +225,7 @@ static void out_choice_end(struct api_choice *choice, struct json_out *o, const 
 
 static void line_end(struct api_call *call, struct json_out *o)
 {
-    out_raw(o, call->params.include_usage ? "],\"usage\":null}" : "]}");
+    api_out_line_usage(call, o);
     api_line_end(call);
 }
 

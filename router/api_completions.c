@@ -141,6 +141,8 @@ static void gather_logprobs(struct api_choice *choice, const struct gen_chunk *c
 {
     struct api_call *call = choice->call;
     const struct tokenizer *t = call->api->c.tokenizer;
+    for (int i = 0; c->n_logprobs >= 0 && i < c->n_ids; i++)
+        choice->sum_logprob += (double)c->logprob[i];
     if (call->params.n_logprobs < 0 || c->n_logprobs < 0)
         return;
     for (int i = 0; i < c->n_ids; i++) {
@@ -208,7 +210,7 @@ static void write_line(struct api_choice *choice, const char *text, size_t n, co
     json_out_fmt(o, "{\"index\":%u,\"text\":", choice->idx);
     json_out_string(o, text, n);
     out_choice_end(choice, o, finish);
-    out_raw(o, choice->call->params.include_usage ? "],\"usage\":null}" : "]}");
+    api_out_line_usage(choice->call, o);
     api_line_end(choice->call);
 }
 
@@ -255,11 +257,42 @@ static void completions_stream_end(struct api_call *call)
     api_line_end(call);
 }
 
+/* best_of: of each prompt's choices the n with the highest log probability per token stay, best
+ * first. */
+static void keep_best(struct api_call *call)
+{
+    size_t n = (size_t)call->params.n;
+    if (call->n_each == n)
+        return;
+    for (size_t i = 0; i < call->n_choices; i++)
+        call->choices[i].dropped = true;
+    for (size_t k = 0; k < call->n_prompts * n; k++) {
+        struct api_choice *group = call->choices + k / n * call->n_each, *best = NULL;
+        double best_mean = 0;
+        for (struct api_choice *c = group; c < group + call->n_each; c++) {
+            double mean = c->sum_logprob / MAX(c->n_tokens, 1);
+            if (c->dropped && (!best || mean > best_mean))
+                best = c, best_mean = mean;
+        }
+        best->dropped = false;
+        best->idx = (uint32_t)k;
+    }
+}
+
+static struct api_choice *choice_at(struct api_call *call, size_t idx)
+{
+    for (size_t i = 0; i < call->n_choices; i++)
+        if (call->choices[i].idx == idx && !call->choices[i].dropped)
+            return &call->choices[i];
+    return NULL;
+}
+
 static void completions_body(struct api_call *call, struct json_out *o)
 {
     json_out_raw(o, call->head.data, call->head.len);
-    for (size_t i = 0; i < call->n_choices; i++) {
-        struct api_choice *choice = &call->choices[i];
+    keep_best(call);
+    for (size_t i = 0; i < call->n_prompts * (size_t)call->params.n; i++) {
+        struct api_choice *choice = choice_at(call, i);
         const struct api_prompt *p = choice->prompt;
         json_out_fmt(o, "%s{\"index\":%u,\"text\":", i ? "," : "", choice->idx);
         if (p->n_echo) {

@@ -69,9 +69,9 @@ struct api_params {
     int64_t n_logprobs, top_logprobs;                         /* -1: not said */
     uint64_t seed, cache_salt;
     bool has_seed;
-    bool stream, include_usage, echo, ignore_eos, skip_special, include_stop;
+    bool stream, include_usage, running_usage, echo, ignore_eos, skip_special, include_stop;
     bool do_sample, return_details;
-    bool tool_choice_none, separate_reasoning, include_reasoning;
+    bool tool_choice_none, parallel_tool_calls, separate_reasoning, include_reasoning;
     bool add_generation_prompt, continue_final_message, clear_thinking;
     enum api_thinking thinking; /* chat_template_kwargs, thinking, enable_thinking */
     enum api_thinking effort;   /* reasoning_effort, which yields to the former */
@@ -81,9 +81,13 @@ struct api_params {
     size_t n_stop;
     int32_t stop_ids[WIRE_MAX_STOP_IDS];
     uint32_t n_stop_ids;
+    int32_t *bias_id; /* [n_bias], owned; values behind them */
+    float *bias_value;
+    uint32_t n_bias;
 };
 
 void api_params_init(struct api_params *p);
+void api_params_finish(struct api_params *p);
 /* Reads every member of body by the table's rows for dialect; a member without a row is refused by
  * name. Members that a shape reads itself (messages, prompt, ...) have rows that skip them.
  * Model names, ids and lengths are checked against model. */
@@ -177,6 +181,8 @@ struct api_choice {
     struct json_out text;
     struct json_out logprobs; /* entries not yet written, comma-separated */
     struct text_pos pos;      /* completions' text_offset, /generate's tokens */
+    double sum_logprob;       /* of all tokens, where best_of needs it */
+    bool dropped;             /* not among the best */
     struct json_out lp_values, lp_top, lp_offsets; /* completions' other columns */
     struct held_token token;
     uint64_t n_text;
@@ -216,11 +222,13 @@ struct api_call {
     struct api_failure failure;
     struct chat_prompt chat;
     json_t *tools; /* those that the model was shown, or NULL */
+    bool one_call; /* the output ends after the first call: </tool_call> is a stop id */
     bool thinking; /* the chat's output begins inside reasoning */
 
     struct api_prompt *prompts;
     size_t n_prompts;
     struct api_choice *choices;
+    size_t n_each; /* choices per prompt */
     size_t n_choices, n_running;
     uint64_t seed;
     struct json_out head; /* what all lines of the stream begin with */
@@ -235,6 +243,7 @@ struct api {
     uint64_t random; /* state; ids and seeds are drawn from it */
     uint64_t created_s;
     uint64_t silence_us; /* a stream that says nothing for that long gets a comment */
+    int32_t call_end_id; /* </tool_call>, -1: unknown */
     bool split_reasoning, parse_calls, default_thinking;
     struct json_out line, scratch; /* reused by everything on the loop */
 };
@@ -265,7 +274,9 @@ void api_choice_stop(struct api_choice *choice, const struct gen_end *e);
 /* A line of a stream: begin gives the buffer with "data: " and call->head in it. */
 struct json_out *api_line_begin(struct api_call *call);
 void api_line_end(struct api_call *call);
-/* "usage" of the whole call (prompt tokens once per prompt), as an object. */
+/* "usage" of the whole call so far (prompt tokens once per prompt), as an object. */
+/* How a line of an OpenAI stream ends: its usage as the client wants it. */
+void api_out_line_usage(struct api_call *call, struct json_out *o);
 void api_out_usage(struct api_call *call, struct json_out *o);
 /* "stop" or "length"; "tool_calls" if the model stopped after calls. */
 const char *api_finish_name(const struct api_choice *choice);

@@ -78,6 +78,9 @@ void api_choice_push(struct api_choice *choice, const struct gen_chunk *c)
 
 void api_choice_stop(struct api_choice *choice, const struct gen_end *e)
 {
+    /* As a stop id it has no text; for the parser it is what closes the call. */
+    if (choice->call->one_call && e->stop_id == choice->call->api->call_end_id)
+        glm_parser_push(&choice->parser, NULL, 0, "</tool_call>", strlen("</tool_call>"));
     glm_parser_end(&choice->parser, e->finish == GEN_STOP);
     if (choice->parser.failed)
         choice->call->broken = true;

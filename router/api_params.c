@@ -32,7 +32,7 @@ typedef enum err read_fn(const char *name, const json_t *value, const struct clu
                          struct api_params *p, struct api_failure *f);
 static read_fn read_model, read_seed, read_stop, read_stop_ids, read_logprobs, read_effort,
     read_template_kwargs, read_thinking, read_enable_thinking, read_reasoning, read_stream_options,
-    read_tool_choice, read_response_format, read_modalities, read_cache_salt, read_decay;
+    read_tool_choice, read_response_format, read_modalities, read_cache_salt, read_decay, read_bias;
 
 struct row {
     const char *name;
@@ -72,6 +72,7 @@ static const struct row rows[] = {
     {"top_k",                   ALL,                 INT,  AT(top_k), -1, INT32_MAX},
     {"min_p",                   ALL,                 REAL, AT(min_p), 0, 1},
     {"seed",                    ALL,                 READ, .read = read_seed},
+    {"logit_bias",              ALL,                 READ, .read = read_bias},
     {"presence_penalty",        ALL,                 REAL, AT(presence_penalty), -2, 2},
     {"frequency_penalty",       ALL,                 REAL, AT(frequency_penalty), -2, 2},
     {"repetition_penalty",      ALL,                 REAL, AT(repetition_penalty), 0.01, 100},
@@ -112,6 +113,7 @@ static const struct row rows[] = {
     {"add_generation_prompt",   CHATTY,              BOOL, AT(add_generation_prompt)},
     {"continue_final_message",  CHATTY,              BOOL, AT(continue_final_message)},
     {"tool_choice",             CHATTY,              READ, .read = read_tool_choice},
+    {"parallel_tool_calls",     API_CHAT,            BOOL, AT(parallel_tool_calls)},
     {"response_format",         OPENAI,              READ, .read = read_response_format},
     {"modalities",              API_CHAT,            READ, .read = read_modalities},
     {"cache_salt",              ALL,                 READ, .read = read_cache_salt},
@@ -124,7 +126,6 @@ static const struct row rows[] = {
     {"metadata",                OPENAI,              IGNORE},
     {"store",                   OPENAI,              IGNORE},
     {"service_tier",            OPENAI,              IGNORE},
-    {"parallel_tool_calls",     API_CHAT,            IGNORE},
     {"prompt_cache_key",        OPENAI,              IGNORE},
     {"prompt_cache_retention",  OPENAI,              IGNORE},
     {"cache_prompt",            OPENAI,              IGNORE},
@@ -145,7 +146,6 @@ static const struct row rows[] = {
     {"early_stopping",          OPENAI,              REFUSE},
     {"use_beam_search",         OPENAI,              REFUSE},
     {"suffix",                  API_COMPLETIONS,     REFUSE},
-    {"logit_bias",              ALL,                 REFUSE},
     {"functions",               API_CHAT,            REFUSE},
     {"function_call",           API_CHAT,            READ, .read = read_tool_choice},
     {"audio",                   API_CHAT,            REFUSE},
@@ -196,8 +196,15 @@ void api_params_init(struct api_params *p)
                              .do_sample = true,
                              .separate_reasoning = true,
                              .include_reasoning = true,
+                             .parallel_tool_calls = true,
                              .add_generation_prompt = true,
                              .clear_thinking = true};
+}
+
+void api_params_finish(struct api_params *p)
+{
+    free(p->bias_id);
+    p->bias_id = NULL;
 }
 
 static const char *type_name(const json_t *value)
@@ -334,10 +341,12 @@ static enum err params_check(enum api_dialect dialect, struct api_params *p, str
         return api_refuse(f, "top_logprobs", "top_logprobs needs logprobs to be true");
     if (dialect == API_CHAT && p->n_logprobs >= 0 && p->top_logprobs > 0)
         p->n_logprobs = p->top_logprobs;
-    if (dialect == API_COMPLETIONS && p->best_of > p->n)
-        return api_fail(f, 400, "unsupported_parameter", "best_of",
-                        "best_of is %lld, more than n, %lld, is not supported",
-                        (long long)p->best_of, (long long)p->n);
+    if (dialect == API_COMPLETIONS && p->best_of && p->best_of < p->n)
+        return api_refuse(f, "best_of", "best_of is %lld, must not be less than n, %lld",
+                          (long long)p->best_of, (long long)p->n);
+    if (dialect == API_COMPLETIONS && p->best_of > p->n && p->stream)
+        return api_refuse(f, "best_of", "best_of is %lld, more than n, which cannot be streamed",
+                          (long long)p->best_of);
     if (dialect == API_GENERATE && p->best_of) {
         if (p->n > 1 && p->n != p->best_of)
             return api_refuse(f, "best_of", "best_of is %lld, must equal n, %lld",
@@ -628,7 +637,8 @@ static enum err read_stream_options(const char *name, const json_t *value,
         char path[96];
         snprintf(path, sizeof(path), "stream_options.%.64s", key);
         bool usage = !strcmp(key, "include_usage");
-        if (!usage && strcmp(key, "include_obfuscation") && strcmp(key, "continuous_usage_stats"))
+        bool running = !strcmp(key, "continuous_usage_stats");
+        if (!usage && !running && strcmp(key, "include_obfuscation"))
             return api_fail(f, 400, "unknown_parameter", path, "unknown parameter \"%s\"", path);
         if (json_is_null(v))
             continue;
@@ -636,6 +646,8 @@ static enum err read_stream_options(const char *name, const json_t *value,
             return wrong_type(f, path, "a boolean", v);
         if (usage)
             p->include_usage = json_is_true(v);
+        if (running)
+            p->running_usage = json_is_true(v);
     }
     return ERR_OK;
 }
@@ -711,4 +723,40 @@ static enum err read_decay(const char *name, const json_t *value, const struct c
         json_number_value(json_array_get(value, 1)) == 1.0)
         return ERR_OK;
     return unsupported(f, name);
+}
+
+/* {"id": value}. An id that is written in another way than JSON writes integers is no id. */
+static enum err read_bias(const char *name, const json_t *value, const struct cluster_model *model,
+                          struct api_params *p, struct api_failure *f)
+{
+    if (!json_is_object(value))
+        return wrong_type(f, name, "an object of token ids and numbers", value);
+    size_t n = json_object_size(value);
+    if (n > WIRE_MAX_BIAS)
+        return api_refuse(f, name, "%s has %zu entries, must have at most %u", name, n,
+                          WIRE_MAX_BIAS);
+    api_params_finish(p);
+    p->n_bias = 0;
+    p->bias_id = malloc(MAX(n, 1) * (sizeof(*p->bias_id) + sizeof(*p->bias_value)));
+    if (!p->bias_id)
+        return api_fail_err(f, err_set(ERR_NOMEM, "no memory for the request"), name);
+    p->bias_value = (float *)(p->bias_id + n);
+    const char *key;
+    json_t *v;
+    json_object_foreach ((json_t *)value, key, v) {
+        char *end, text[24];
+        long id = strtol(key, &end, 10);
+        snprintf(text, sizeof(text), "%ld", id);
+        if (strcmp(text, key) != 0)
+            return api_refuse(f, name, "%s has the key \"%.32s\", which is no token id", name, key);
+        if (id < 0 || id >= model->n_token_ids)
+            return api_refuse(f, name, "%s has the token id %ld, must be between 0 and %d", name,
+                              id, model->n_token_ids - 1);
+        double bias = json_number_value(v);
+        if (!json_is_number(v) || !(fabs(bias) <= (double)WIRE_MAX_BIAS_VALUE))
+            return api_refuse(f, name, "%s[%ld] must be a number between -100 and 100", name, id);
+        p->bias_id[p->n_bias] = (int32_t)id;
+        p->bias_value[p->n_bias++] = (float)bias;
+    }
+    return ERR_OK;
 }

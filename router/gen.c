@@ -43,6 +43,8 @@ struct gen {
     bool ids_complete; // false: output outgrew the budget, so this gen cannot move
     uint32_t n_prompt, n_emitted;
     struct wire_sampling sampling;
+    uint32_t n_bias;
+    int32_t *bias_id; // [n_bias], and their values behind them
     uint64_t cache_salt;
 
     struct detokenizer detokenizer;
@@ -97,6 +99,19 @@ static enum err copy_stops(struct gen *g, const struct gen_params *p)
     return ERR_OK;
 }
 
+static enum err copy_bias(struct gen *g, const struct gen_params *p)
+{
+    if (!p->n_bias)
+        return ERR_OK;
+    g->bias_id = malloc(p->n_bias * (sizeof(int32_t) + sizeof(float)));
+    if (!g->bias_id)
+        return err_set(ERR_NOMEM, "no memory for a bias");
+    memcpy(g->bias_id, p->bias_id, p->n_bias * sizeof(int32_t));
+    memcpy(g->bias_id + p->n_bias, p->bias_value, p->n_bias * sizeof(float));
+    g->n_bias = p->n_bias;
+    return ERR_OK;
+}
+
 static uint64_t prefix_hash(const struct gen_params *p)
 {
     if (p->n_prompt < PREFIX_TOKENS)
@@ -134,6 +149,7 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     g->n_ids = p->n_prompt;
     detokenizer_init(&g->detokenizer, c->tokenizer, p->skip_special);
     TRY(copy_stops(g, p));
+    TRY(copy_bias(g, p));
     TRY(table_add(c, g));
 
     struct sched_request r = {.id = g->id,
@@ -174,12 +190,20 @@ static enum err gen_check(struct cluster *c, const struct gen_params *p)
             return err_set(ERR_INVALID, "stop token id %d is not in 0 .. %d",
                            p->sampling.stop_ids[i], m->n_token_ids - 1);
 
+    for (uint32_t i = 0; i < p->n_bias; i++)
+        if (p->bias_id[i] < 0 || p->bias_id[i] >= m->n_token_ids)
+            return err_set(ERR_INVALID, "biased token id %d is not in 0 .. %d", p->bias_id[i],
+                           m->n_token_ids - 1);
+
     // What the wire would refuse must not reach a worker: it would take the router for broken.
     struct wire_submit *b = wire_begin(&c->out, WIRE_SUBMIT, 1, 0);
     if (!b)
         return err_set(ERR_NOMEM, "no memory for a message");
     b->n_prompt = p->n_prompt;
     b->sampling = p->sampling;
+    b->n_bias = p->n_bias;
+    wire_put(&c->out, p->bias_id, p->n_bias * sizeof(*p->bias_id));
+    wire_put(&c->out, p->bias_value, p->n_bias * sizeof(*p->bias_value));
     TRY(wire_end(&c->out));
     struct wire_msg m_ignored;
     if (wire_decode(c->out.data, c->out.len, &m_ignored) != ERR_OK)
@@ -212,6 +236,7 @@ static void gen_destroy(struct gen *g)
     stop_destroy(g->stop);
     free(g->stop_strings);
     free(g->stop_lens);
+    free(g->bias_id);
     free(g->ids);
     free(g->why);
     free(g);
@@ -237,8 +262,10 @@ static enum err submit_to(struct gen *g, uint32_t attempt, uint32_t worker, uint
     b->peer_instance = peer == SCHED_NONE ? 0 : c->workers.at[peer].hello.instance;
     b->cache_salt = g->cache_salt;
     b->sampling = g->sampling;
+    b->n_bias = g->n_bias;
     if (ids)
         wire_put(&c->out, g->ids, g->n_ids * sizeof(*g->ids));
+    wire_put(&c->out, g->bias_id, g->n_bias * (sizeof(int32_t) + sizeof(float)));
     TRY(wire_end(&c->out));
     return cluster_send(c, worker);
 }

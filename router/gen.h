@@ -68,6 +68,9 @@ struct gen_params {
     size_t n_stop;
     bool include_stop; /* the matched stop string stays in the text */
     bool skip_special; /* leave special tokens out of the text; the ending eos is always left out */
+    const int32_t *bias_id; /* [n_bias] logit biases, copied */
+    const float *bias_value;
+    uint32_t n_bias;
     uint64_t cache_salt;
     uint64_t arrival_us; /* when the HTTP request was complete (clock_now_us) */
 };

@@ -25,7 +25,7 @@ static_assert(sizeof(struct wire_peer) == 192, "no padding on the wire");
 static_assert(sizeof(struct wire_gone) == 16, "no padding on the wire");
 static_assert(sizeof(struct wire_beat) == 224, "no padding on the wire");
 static_assert(sizeof(struct wire_sampling) == 120, "no padding on the wire");
-static_assert(sizeof(struct wire_submit) == 152, "no padding on the wire");
+static_assert(sizeof(struct wire_submit) == 160, "no padding on the wire");
 static_assert(sizeof(struct wire_tokens) == 8, "no padding on the wire");
 static_assert(sizeof(struct wire_top) == 8, "no padding on the wire");
 static_assert(sizeof(struct wire_failed) == 264, "no padding on the wire");
@@ -313,8 +313,16 @@ static enum err check_submit(const struct wire_msg *m, const struct wire_submit 
     TRY(check_sampling(type, &b->sampling));
     if (b->n_emitted >= b->sampling.max_tokens)
         return bad(type, "n_emitted", b->n_emitted, "below max_tokens");
-    TRY(check_tail(m, (uint64_t)b->n_ids * sizeof(int32_t)));
-    return check_ids(type, m->tail, b->n_ids);
+    TRY(check_zero(type, b->zero));
+    TRY(check_max(type, "n_bias", b->n_bias, WIRE_MAX_BIAS));
+    TRY(check_tail(m, (uint64_t)b->n_ids * sizeof(int32_t) +
+                          (uint64_t)b->n_bias * (sizeof(int32_t) + sizeof(float))));
+    const int32_t *ids = m->tail;
+    TRY(check_ids(type, ids, b->n_ids + b->n_bias));
+    const float *bias = (const float *)m->tail + b->n_ids + b->n_bias;
+    for (uint32_t i = 0; i < b->n_bias; i++)
+        TRY(check_float(type, "bias", bias[i], -WIRE_MAX_BIAS_VALUE, WIRE_MAX_BIAS_VALUE));
+    return ERR_OK;
 }
 
 /* Bytes that a record's arrays take, once its counts passed. */

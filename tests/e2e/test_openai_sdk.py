@@ -120,6 +120,66 @@ def test_logprobs(client):
         assert bytes(t.bytes).decode() == t.token
 
 
+def ids_of(cluster, text):
+    return cluster.post("/tokenize", {"prompt": text})[2]["tokens"]
+
+
+def test_logit_bias(client, cluster):
+    the, = ids_of(cluster, " the")
+    without = chat(client, logit_bias={str(the): -100}, max_tokens=12).choices[0].message.content
+    assert " the " not in without and without.startswith("A dog is a member of")
+    always = chat(client, logit_bias={str(the): 100}, max_tokens=4)
+    assert always.choices[0].message.content == " the" * 4
+    assert chat(client, logit_bias={str(the): 0}).choices[0].message.content == DOG
+
+
+def test_parts_roles_and_prefill(client):
+    def parts(*texts):
+        return [{"type": "text", "text": t} for t in texts]
+
+    assert chat(client, [{"role": "user", "content": parts("What is ", "a dog?")}]).choices[0].message.content == DOG
+    system, developer = (chat(client, [{"role": role, "content": "Be brief."}, *ASK]).usage.prompt_tokens
+                         for role in ("system", "developer"))
+    assert system == developer > 10
+    prefill = {**NO_THINKING, "add_generation_prompt": False, "continue_final_message": True}
+    r = chat(client, [*ASK, {"role": "assistant", "content": "A dog is a member"}], extra=prefill)
+    assert r.choices[0].message.content == " of the genus Canis."
+
+
+def test_tool_results(client):
+    """A call and its answer go back, the result as a string and as parts."""
+    tools = [{"type": "function", "function": {"name": "get_time", "description": "Get the current time",
+                                               "parameters": {"type": "object", "properties": {}}}}]
+    ask = [{"role": "user", "content": "What time is it?"}]
+    message = chat(client, ask, tools=tools).choices[0].message
+    assert [c.function.arguments for c in message.tool_calls] == ["{}"] and message.content is None
+    texts = []
+    for content in ('{"time": "12:34"}', [{"type": "text", "text": '{"time": '}, {"type": "text", "text": '"12:34"}'}]):
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": content}
+        texts.append(chat(client, [*ask, message, result], tools=tools).choices[0].message.content)
+    assert texts == ["It is 12:34."] * 2
+    with pytest.raises(openai.BadRequestError) as e:
+        chat(client, ask, tools=tools, tool_choice="required")
+    assert e.value.param == "tool_choice"
+
+
+def test_accepted_and_ignored(client):
+    r = chat(client, user="u", metadata={"a": "b"}, store=False, service_tier="auto")
+    assert r.choices[0].message.content == DOG
+
+
+def test_best_of(client):
+    kw = dict(model="demo-model", prompt="Once upon ", temperature=1, max_tokens=16, seed=3, logprobs=0)
+
+    def mean(choice):
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    all_ = client.completions.create(**kw, n=4).choices
+    best = client.completions.create(**kw, n=2, best_of=4)
+    assert [c.text for c in best.choices] == [c.text for c in sorted(all_, key=mean, reverse=True)[:2]]
+    assert best.usage.completion_tokens == 64
+
+
 def test_completions(client):
     r = client.completions.create(model="demo-model", prompt="What is AI? ", temperature=0, max_tokens=64)
     assert r.object == "text_completion"

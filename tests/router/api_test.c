@@ -51,6 +51,7 @@ struct gen {
     struct detokenizer detok;
     struct stop *stop;
     struct wire_sampling sampling;
+    int nth;
     uint32_t n_prompt;
     uint64_t start_us;
 };
@@ -69,11 +70,15 @@ static struct {
     int hang_after;      /* chunks; -1: never */
     bool no_eos;
     enum err admits, start; /* answers of cluster_admits and of gen_start */
+    int dearest;            /* the gen of a request whose logprobs are best; 0: all alike */
     int start_ok;           /* how many gen_starts succeed before `start` is answered */
     bool ready;
 } script;
 
 static struct {
+    uint32_t n_bias;
+    int32_t bias_id;
+    float bias_value;
     int n_started, n_cancelled, n_live, n_admits;
     struct wire_sampling sampling[32];
     char prompt[4096]; /* the last one, as text */
@@ -145,6 +150,11 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     asked.n_live++;
     asked.n_prompt = p->n_prompt;
     asked.cache_salt = p->cache_salt;
+    asked.n_bias = p->n_bias;
+    if (p->n_bias) {
+        asked.bias_id = p->bias_id[p->n_bias - 1];
+        asked.bias_value = p->bias_value[p->n_bias - 1];
+    }
     struct json_out text = {0};
     struct detokenizer d;
     detokenizer_init(&d, tokenizer, false);
@@ -157,6 +167,7 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     g->cb = *cb;
     g->user = user;
     g->sampling = p->sampling;
+    g->nth = asked.n_started - 1;
     g->n_prompt = p->n_prompt;
     g->start_us = clock_now_us();
     CHECK(p->sampling.max_tokens > 0);
@@ -185,8 +196,12 @@ void gen_cancel(struct gen *g)
 
 static void gen_finish_with(struct gen *g, enum gen_finish finish)
 {
+    int32_t last = g->said ? g->output.data[g->said - 1] : -1;
+    bool by_id = last == EOS && !g->sampling.ignore_eos;
+    for (uint32_t i = 0; i < g->sampling.n_stop_ids; i++)
+        by_id |= g->sampling.stop_ids[i] == last;
     struct gen_end e = {.finish = finish,
-                        .stop_id = -1,
+                        .stop_id = finish == GEN_STOP && by_id ? last : -1,
                         .usage = {.n_prompt = g->n_prompt,
                                   .n_output = (uint32_t)g->said,
                                   .n_cached = 2,
@@ -221,7 +236,8 @@ static void gen_step(struct gen *g)
     size_t i = 0;
     for (; i < n && !over; i++) {
         int32_t id = g->output.data[g->said + i];
-        logprob[i] = -0.5f * (float)(g->said + i + 1);
+        float dear = script.dearest && script.dearest != g->nth ? (float)(g->nth + 2) : 1;
+        logprob[i] = -0.5f * dear * (float)(g->said + i + 1);
         for (int32_t k = 0; k < n_top; k++)
             top[i * (size_t)n_top + (size_t)k] = (struct wire_top){
                 .id = id + k < N_IDS ? id + k : 0, .logprob = logprob[i] - (float)k};
@@ -685,7 +701,21 @@ static void table_of_requests(void)
         {"POST", CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}", 400,
          "response_format"},
         {"POST", CHAT, "{\"response_format\":{\"type\":\"text\"}," HI "}", 200, "choices"},
-        {"POST", CHAT, "{\"logit_bias\":{\"5\":1}," HI "}", 400, "\"param\":\"logit_bias\""},
+        {"POST", CHAT, "{\"logit_bias\":{\"5\":1,\"6\":-100}," HI "}", 200, "choices"},
+        {"POST", CHAT, "{\"logit_bias\":[5]," HI "}", 400, "logit_bias must be an object"},
+        {"POST", CHAT, "{\"logit_bias\":{\"05\":1}," HI "}", 400, "\"05\\\", which is no token"},
+        {"POST", CHAT, "{\"logit_bias\":{\"dog\":1}," HI "}", 400, "no token id"},
+        {"POST", CHAT, "{\"logit_bias\":{\"276\":1}," HI "}", 400, "between 0 and 275"},
+        {"POST", CHAT, "{\"logit_bias\":{\"-1\":1}," HI "}", 400, "between 0 and 275"},
+        {"POST", CHAT, "{\"logit_bias\":{\"5\":101}," HI "}", 400, "\"param\":\"logit_bias\""},
+        {"POST", CHAT, "{\"logit_bias\":{\"5\":\"1\"}," HI "}", 400, "logit_bias[5]"},
+        {"POST", CHAT, "{\"parallel_tool_calls\":1," HI "}", 400,
+         "\"param\":\"parallel_tool_calls\""},
+        {"POST", CHAT,
+         "{\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"strict\":true}}]," HI
+         "}",
+         400, "tools[0].function.strict"},
+        {"POST", CHAT, "{\"stream_options\":{\"x\":true}," HI "}", 400, "stream_options.x"},
         {"POST", CHAT, "{\"logit_bias\":{}," HI "}", 200, "choices"},
         {"POST", CHAT, "{\"functions\":[{}]," HI "}", 400, "\"param\":\"functions\""},
         {"POST", CHAT, "{\"kv_transfer_params\":{\"a\":1}," HI "}", 400, "kv_transfer_params"},
@@ -715,7 +745,10 @@ static void table_of_requests(void)
         {"POST", COMP, "{\"prompt\":[[65],[-1]]}", 400, "prompt[1][0]"},
         {"POST", COMP, "{\"prompt\":{}}", 400, "\"param\":\"prompt\""},
         {"POST", COMP, "{\"prompt\":\"a\",\"suffix\":\"b\"}", 400, "\"param\":\"suffix\""},
-        {"POST", COMP, "{\"prompt\":\"a\",\"best_of\":2}", 400, "\"param\":\"best_of\""},
+        {"POST", COMP, "{\"prompt\":\"a\",\"best_of\":2}", 200, "\"completion_tokens\":12"},
+        {"POST", COMP, "{\"prompt\":\"a\",\"n\":3,\"best_of\":2}", 400, "\"param\":\"best_of\""},
+        {"POST", COMP, "{\"prompt\":\"a\",\"best_of\":2,\"stream\":true}", 400,
+         "\"param\":\"best_of\""},
         {"POST", COMP, "{\"prompt\":\"a\",\"logprobs\":21}", 400, "\"param\":\"logprobs\""},
         {"POST", COMP, "{\"prompt\":\"a\",\"echo\":true,\"logprobs\":1}", 400,
          "\"param\":\"echo\""},
@@ -1012,6 +1045,22 @@ static void tool_calls(void)
         answer_finish(&s);
     }
 
+    /* One call at a time: </tool_call> ends the output, of a call without arguments too. */
+    static const char *const ones[] = {
+        "</think><tool_call>light" ON "</tool_call><tool_call>now</tool_call>",
+        "</think><tool_call>now</tool_call><tool_call>now</tool_call>"};
+    for (size_t i = 0; i < 2 * ARRAY_LEN(ones); i++) {
+        script_reset(ones[i / 2]);
+        script.per_chunk = i % 2 ? 1 : 60;
+        struct answer one = ask("POST", CHAT, "{\"parallel_tool_calls\":false," TOOLS HI "}");
+        CHECK_INT(json_array_size(at(one.json, "choices.0.message.tool_calls")), 1);
+        CHECK_STR(text_at(one.json, "choices.0.message.tool_calls.0.function.arguments"),
+                  i / 2 ? "{}" : "{\"on\": true}");
+        CHECK_STR(text_at(one.json, "choices.0.finish_reason"), "tool_calls");
+        CHECK(json_is_null(at(one.json, "choices.0.message.content")));
+        answer_finish(&one);
+    }
+
     /* Two requests with one seed do not share ids; --tool-call-parser none leaves all as text. */
     script_reset("</think><tool_call>now</tool_call>");
     struct answer a = ask("POST", CHAT, "{\"seed\":1," TOOLS HI "}");
@@ -1079,6 +1128,16 @@ static void usage_chunk(void)
     CHECK_INT(int_at(last, "usage.total_tokens"), 10);
     for (size_t i = 0; i + 2 < n; i++)
         CHECK(json_is_null(at(json_array_get(e, i), "usage")));
+    json_decref(e);
+    answer_finish(&a);
+    a = ask("POST", CHAT,
+            "{\"stream\":true,\"stream_options\":{\"include_usage\":true,"
+            "\"continuous_usage_stats\":true}," HI "}");
+    e = events_of(&a, "data: ");
+    CHECK_INT(int_at(e, "1.usage.completion_tokens"), 1);
+    CHECK_INT(int_at(e, "2.usage.completion_tokens"), 2);
+    CHECK_INT(int_at(e, "2.usage.total_tokens"), 9);
+    CHECK_INT(int_at(json_array_get(e, json_array_size(e) - 2), "usage.completion_tokens"), 3);
     json_decref(e);
     answer_finish(&a);
 }
@@ -1205,6 +1264,30 @@ static void completions(void)
     }
 }
 
+/* The gens of one prompt: 0 1 2 3; their first logprobs: -1 -1.5 -0.5 -2.5. */
+static void best_of(void)
+{
+    script_reset("x");
+    script.dearest = 2;
+    struct answer a = ask("POST", COMP, "{\"prompt\":\"a\",\"n\":2,\"best_of\":4,\"logprobs\":0}");
+    CHECK_INT(asked.n_started, 4);
+    CHECK_INT(json_array_size(at(a.json, "choices")), 2);
+    CHECK_INT(int_at(a.json, "choices.1.index"), 1);
+    CHECK_NEAR(json_number_value(at(a.json, "choices.0.logprobs.token_logprobs.0")), -0.5, 1e-6);
+    CHECK_NEAR(json_number_value(at(a.json, "choices.1.logprobs.token_logprobs.0")), -1, 1e-6);
+    CHECK_INT(int_at(a.json, "usage.completion_tokens"), 8); /* those left out cost as well */
+    answer_finish(&a);
+    script_reset("x");
+    script.dearest = 2;
+    a = ask("POST", COMP, "{\"prompt\":[\"a\",\"b\"],\"best_of\":3}");
+    CHECK_INT(asked.n_started, 6);
+    CHECK_INT(json_array_size(at(a.json, "choices")), 2);
+    CHECK_INT(int_at(a.json, "choices.1.index"), 1);
+    CHECK(json_is_null(at(a.json, "choices.0.logprobs")));
+    CHECK_INT(int_at(a.json, "usage.prompt_tokens"), 2);
+    answer_finish(&a);
+}
+
 static void sampling_reaches_the_worker(void)
 {
     script_reset("x");
@@ -1213,8 +1296,11 @@ static void sampling_reaches_the_worker(void)
             "{\"temperature\":0.5,\"top_p\":0.25,\"top_k\":7,\"min_p\":0.125,\"seed\":-1,"
             "\"max_tokens\":20,\"min_tokens\":2,\"presence_penalty\":0.5,\"frequency_penalty\":-1,"
             "\"repetition_penalty\":1.5,\"ignore_eos\":true,\"stop_token_ids\":[65,66],"
-            "\"cache_salt\":\"s\"," HI "}");
+            "\"logit_bias\":{\"5\":1,\"200\":-12.5},\"cache_salt\":\"s\"," HI "}");
     CHECK_INT(a.status, 200);
+    CHECK_INT(asked.n_bias, 2);
+    CHECK_INT(asked.bias_id, 200);
+    CHECK_NEAR(asked.bias_value, -12.5, 0);
     const struct wire_sampling *s = &asked.sampling[0];
     CHECK_NEAR(s->temperature, 0.5, 0);
     CHECK_NEAR(s->top_p, 0.25, 0);
@@ -1559,6 +1645,7 @@ int main(void)
     RUN(several_choices);
     RUN(logprobs);
     RUN(completions);
+    RUN(best_of);
     RUN(sampling_reaches_the_worker);
     RUN(generate);
     RUN(generate_streams);

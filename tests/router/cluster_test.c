@@ -41,6 +41,8 @@ struct seen {
     uint32_t attempt;
     struct wire_submit submit;
     int32_t last_id;
+    int32_t bias_id; // the last one
+    float bias_value;
 };
 
 struct fake {
@@ -116,6 +118,11 @@ static void on_fake(void *user, enum link_event event, const struct wire_msg *m,
         s->submit = *(const struct wire_submit *)m->body;
         if (s->submit.n_ids)
             s->last_id = ((const int32_t *)m->tail)[s->submit.n_ids - 1];
+        if (s->submit.n_bias) {
+            uint32_t at = s->submit.n_ids + s->submit.n_bias;
+            s->bias_id = ((const int32_t *)m->tail)[at - 1];
+            s->bias_value = ((const float *)m->tail)[at + s->submit.n_bias - 1];
+        }
         break;
     }
     default:
@@ -736,12 +743,43 @@ static void the_last_token_needs_no_handoff(void)
     CHECK_OK(client_try(&c, &p));
     UNTIL(find_seen(d0, WIRE_SUBMIT, c.id, 0));
     CHECK_INT(find_seen(d0, WIRE_SUBMIT, c.id, 0)->submit.n_ids, 5);
+    CHECK_INT(find_seen(d0, WIRE_SUBMIT, c.id, 0)->submit.n_bias, 0);
     // P's own token may be the last: D is told to forget it.
     int32_t eos = 3000;
     fake_tokens_of(p0, c.id, 0, 0, &eos, 1, WIRE_STOP);
     UNTIL(c.ended);
     CHECK_INT(c.n_text, 0);
     UNTIL(find_seen(d0, WIRE_CANCEL, c.id, 0));
+    tear_down();
+}
+
+static void bias_goes_to_both_and_to_every_attempt(void)
+{
+    set_up_with(1);
+    struct client c = {0};
+    struct gen_params p = params_of(9);
+    p.n_bias = 2;
+    p.bias_id = (const int32_t[]){6, 7};
+    p.bias_value = (const float[]){1.5f, -100};
+    CHECK_OK(client_try(&c, &p));
+    UNTIL(find_seen(p0, WIRE_SUBMIT, c.id, 0) && find_seen(d0, WIRE_SUBMIT, c.id, 0));
+    fake_tokens(p0, c.id, 0, 0, 1, WIRE_RUNNING);
+    fake_failed(d0, c.id, 0, ERR_PREEMPTED);
+    UNTIL(find_seen(p0, WIRE_SUBMIT, c.id, 1) && find_seen(d0, WIRE_SUBMIT, c.id, 1));
+    for (uint32_t attempt = 0; attempt < 2; attempt++)
+        for (int i = 0; i < 2; i++) {
+            const struct seen *s = find_seen(i ? d0 : p0, WIRE_SUBMIT, c.id, attempt);
+            CHECK_INT(s->submit.n_ids, i ? 0 : 5 + (int)s->submit.n_emitted);
+            CHECK_INT(s->submit.n_bias, 2);
+            CHECK_INT(s->bias_id, 7);
+            CHECK_NEAR(s->bias_value, -100, 0);
+        }
+    gen_cancel(c.gen);
+    p.bias_id = (const int32_t[]){6, 99999};
+    CHECK_INT(client_try(&c, &p), ERR_INVALID);
+    p.bias_id = (const int32_t[]){6, 7};
+    p.bias_value = (const float[]){1.5f, 101};
+    CHECK_INT(client_try(&c, &p), ERR_INVALID);
     tear_down();
 }
 
@@ -943,6 +981,7 @@ int main(void)
     RUN(both_sides_hear_of_a_cancel);
     RUN(stop_strings_end_the_stream);
     RUN(the_last_token_needs_no_handoff);
+    RUN(bias_goes_to_both_and_to_every_attempt);
     RUN(old_epochs_are_dropped);
     RUN(deadlines_hold);
     RUN(the_queue_is_bounded);
