@@ -58,6 +58,9 @@ static const struct route routes[] = {
     {"/v1/models/*", GET, .get = api_get_model},
     {"/v1/chat/completions", POST, .shape = &api_shape_chat},
     {"/v1/completions", POST, .shape = &api_shape_completions},
+    {"/v1/responses", POST, .shape = &api_shape_responses},
+    {"/v1/messages", POST, .shape = &api_shape_messages},
+    {"/v1/messages/count_tokens", POST, .shape = &api_shape_count_tokens},
     {"/generate", POST, .shape = &api_shape_generate},
     {"/generate_stream", POST, .shape = &api_shape_generate, .stream = true},
     {"/tokenize", POST, .shape = &api_shape_tokenize},
@@ -294,17 +297,22 @@ static char *on_error_body(void *user, int status, const char *message)
 
 /* ---- answers ---- */
 
+static void draw_request_id(struct api *a, char *ret, size_t cap)
+{
+    snprintf(ret, cap, "req-%016llx%016llx", (unsigned long long)api_random(a),
+             (unsigned long long)api_random(a));
+}
+
 static void add_headers(struct api *a, struct http_exchange *x, const char *request_id,
                         uint64_t arrival_us)
 {
     char text[64];
-    if (request_id[0]) {
-        http_add_header(x, "X-Request-Id", request_id);
-    } else {
-        snprintf(text, sizeof(text), "req-%016llx%016llx", (unsigned long long)api_random(a),
-                 (unsigned long long)api_random(a));
-        http_add_header(x, "X-Request-Id", text);
+    if (!request_id[0]) {
+        draw_request_id(a, text, sizeof(text));
+        request_id = text;
     }
+    http_add_header(x, "X-Request-Id", request_id);
+    http_add_header(x, "request-id", request_id); /* what Anthropic's SDKs read */
     snprintf(text, sizeof(text), "%llu",
              (unsigned long long)((clock_now_us() - arrival_us + 500) / 1000));
     http_add_header(x, "openai-processing-ms", text);
@@ -318,8 +326,11 @@ void api_reply(struct api *a, struct http_exchange *x, const char *request_id, u
 }
 
 void api_reply_failure(struct api *a, struct http_exchange *x, const char *request_id,
-                       uint64_t arrival_us, const struct api_failure *f)
+                       uint64_t arrival_us, const struct api_shape *shape,
+                       const struct api_failure *f)
 {
+    int status = f->status;
+
     if (f->retry_after_s > 0) {
         char text[32];
         snprintf(text, sizeof(text), "%d", f->retry_after_s);
@@ -328,13 +339,18 @@ void api_reply_failure(struct api *a, struct http_exchange *x, const char *reque
         http_add_header(x, "retry-after-ms", text);
     }
     struct json_out o = {0};
-    api_out_failure(&o, f);
+    if (shape && shape->anthropic) {
+        status = status == 503 ? 529 : status;
+        api_out_failure_anthropic(&o, f, request_id);
+    } else {
+        api_out_failure(&o, f);
+    }
     static const char poor[] = "{\"error\":{\"message\":\"out of memory\",\"type\":"
                                "\"server_error\",\"param\":null,\"code\":null}}";
     if (o.failed)
         api_reply(a, x, request_id, arrival_us, 503, NULL, poor, sizeof(poor) - 1);
     else
-        api_reply(a, x, request_id, arrival_us, f->status, NULL, o.data, o.len);
+        api_reply(a, x, request_id, arrival_us, status, NULL, o.data, o.len);
     json_out_finish(&o);
 }
 
@@ -398,7 +414,7 @@ static const struct route *gate(struct api *a, struct http_exchange *x,
     } else {
         return route;
     }
-    api_reply_failure(a, x, r->request_id, clock_now_us(), &f);
+    api_reply_failure(a, x, r->request_id, clock_now_us(), route ? route->shape : NULL, &f);
     return NULL;
 }
 
@@ -440,7 +456,7 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     if (a->draining || a->destroyed) {
         (void)api_fail(&f, 503, "unavailable", "", "the server is shutting down");
         f.retry_after_s = 1;
-        api_reply_failure(a, x, r->request_id, now_us, &f);
+        api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
     }
     struct api_call *call = calloc(1, sizeof(*call));
@@ -449,7 +465,7 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
         free(call);
         free(body);
         (void)api_fail_err(&f, err_set(ERR_NOMEM, "no memory for the request"), "");
-        api_reply_failure(a, x, r->request_id, now_us, &f);
+        api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
     }
     memcpy(body, r->body ? r->body : "", r->n_body);
@@ -464,6 +480,8 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     call->arrival_us = call->last_write_us = now_us;
     call->created_s = clock_wall_us() / 1000000u;
     snprintf(call->request_id, sizeof(call->request_id), "%s", r->request_id);
+    if (!call->request_id[0])
+        draw_request_id(a, call->request_id, sizeof(call->request_id));
     snprintf(call->id, sizeof(call->id), "%s%016llx%08x",
              call->shape->id_prefix ? call->shape->id_prefix : "",
              (unsigned long long)api_random(a), (unsigned)api_random(a));
@@ -775,6 +793,15 @@ struct json_out *api_line_begin(struct api_call *call)
     return o;
 }
 
+struct json_out *api_event_begin(struct api_call *call, const char *name)
+{
+    struct json_out *o = &call->api->line;
+    o->len = 0;
+    o->failed = false;
+    json_out_fmt(o, "event: %s\ndata: ", name);
+    return o;
+}
+
 void api_line_end(struct api_call *call)
 {
     struct json_out *o = &call->api->line;
@@ -842,7 +869,10 @@ void api_call_reply(struct api_call *call, struct json_out *body)
 /* Answers f in whatever way is still possible. */
 static void call_fail_with(struct api_call *call, const struct api_failure *f)
 {
-    if (call->x && call->headers_out) {
+    if (call->x && call->headers_out && call->shape->stream_failure) {
+        call->shape->stream_failure(call, f);
+        http_abort(call_take_exchange(call));
+    } else if (call->x && call->headers_out) {
         struct json_out *o = &call->api->line;
         o->len = 0;
         o->failed = false;
@@ -855,7 +885,7 @@ static void call_fail_with(struct api_call *call, const struct api_failure *f)
         http_abort(call_take_exchange(call));
     } else if (call->x) {
         api_reply_failure(call->api, call_take_exchange(call), call->request_id, call->arrival_us,
-                          f);
+                          call->shape, f);
     }
     log_debug("api", "req=%s call=%s status=%d %s", call->request_id, call->id, f->status,
               f->message);

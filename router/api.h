@@ -1,10 +1,11 @@
 /* api.h: the HTTP surface: JSON in, gens started, JSON or SSE out.
  *
  * api.c routes paths and holds what the shapes share (errors, validation, tokenising in the libuv
- * pool, n choices per request, cancel on disconnect); one file per shape: api_chat.c and
- * api_completions.c (OpenAI), api_generate.c (LightLLM's /generate), api_info.c (models, health,
- * tokenize, metrics, version). api_params.c is the table of all parameters, api_output.c feeds
- * output through text/glm_parser.c, api_internal.h holds what these files share.
+ * pool, n choices per request, cancel on disconnect); one file per shape: api_chat.c,
+ * api_completions.c and api_responses.c (OpenAI), api_messages.c (Anthropic), api_generate.c
+ * (LightLLM's /generate), api_info.c (models, health, tokenize, metrics, version). api_params.c is
+ * the table of all parameters, api_output.c feeds output through text/glm_parser.c, api_internal.h
+ * holds what these files share.
  */
 #ifndef BATON_API_H
 #define BATON_API_H

@@ -22,7 +22,7 @@ static void answer_out(struct api *a, struct http_exchange *x, const struct http
     if (o->failed) {
         struct api_failure f = {0};
         (void)api_fail_err(&f, err_set(ERR_NOMEM, "no memory for the answer"), "");
-        api_reply_failure(a, x, r->request_id, now_us, &f);
+        api_reply_failure(a, x, r->request_id, now_us, NULL, &f);
     } else {
         api_reply(a, x, r->request_id, now_us, 200, type, o->data, o->len);
     }
@@ -69,6 +69,8 @@ void api_get_page(struct api *a, struct http_exchange *x, const struct http_requ
         "<h1>Baton</h1>\n<ul>\n"
         "<li><code>POST /v1/chat/completions</code></li>\n"
         "<li><code>POST /v1/completions</code></li>\n"
+        "<li><code>POST /v1/responses</code></li>\n"
+        "<li><code>POST /v1/messages</code>, <code>POST /v1/messages/count_tokens</code></li>\n"
         "<li><code>GET <a href=\"/v1/models\">/v1/models</a></code></li>\n"
         "<li><code>POST /generate</code>, <code>POST /generate_stream</code></li>\n"
         "<li><code>POST /tokenize</code>, <code>POST /detokenize</code></li>\n"
@@ -132,7 +134,7 @@ void api_get_model(struct api *a, struct http_exchange *x, const struct http_req
         struct api_failure f = {0};
         (void)api_fail(&f, 404, "model_not_found", "model", "the model `%.128s` does not exist",
                        name);
-        api_reply_failure(a, x, r->request_id, clock_now_us(), &f);
+        api_reply_failure(a, x, r->request_id, clock_now_us(), NULL, &f);
         return;
     }
     struct json_out o = {0};

@@ -55,6 +55,8 @@ enum api_dialect {
     API_GENERATE_OUTER = 8, /* and what is around it */
     API_TOKENIZE = 16,
     API_DETOKENIZE = 32,
+    API_RESPONSES = 64,
+    API_MESSAGES = 128,
 };
 
 enum api_thinking { API_THINKING_DEFAULT, API_THINKING_ON, API_THINKING_OFF };
@@ -118,6 +120,8 @@ struct api_item {
 /* Adds e to choice->items; events of one kind that follow each other are one item. Out of memory:
  * the call is marked broken. */
 void api_gather(struct api_choice *choice, const struct glm_event *e);
+/* The same; true if e began a new item. Nothing more is to be written for e once call->broken. */
+bool api_gather_begins(struct api_choice *choice, const struct glm_event *e);
 
 /* JSON of a token's text, bytes that are no UTF-8 replaced; and of a float, shortest form. */
 void out_token(struct json_out *o, const struct tokenizer *t, int32_t id);
@@ -131,6 +135,7 @@ struct api_shape {
     const char *id_prefix; /* "chatcmpl-" */
     bool generates;        /* asks cluster_admits */
     bool done_line;        /* streams end with data: [DONE] */
+    bool anthropic;        /* errors in Anthropic's shape, and a request-id */
     /* Both run on the loop or in the pool, touching nothing but the call. parse: validates body and
      * sets params, prompts or chat. encode: tokenises. On failure call->failure is set. */
     enum err (*parse)(struct api_call *call, const json_t *body);
@@ -146,6 +151,8 @@ struct api_shape {
     glm_event_fn *output;
     /* All choices ended. stream: writes what comes before [DONE]. body: the whole answer. */
     void (*stream_end)(struct api_call *call);
+    /* Writes the event of a failure in mid-stream; NULL: as OpenAI's chat does. */
+    void (*stream_failure)(struct api_call *call, const struct api_failure *f);
     void (*body)(struct api_call *call, struct json_out *out);
 };
 
@@ -232,6 +239,7 @@ struct api_call {
     size_t n_choices, n_running;
     uint64_t seed;
     struct json_out head; /* what all lines of the stream begin with */
+    uint32_t n_events;    /* of a stream whose events are numbered */
 };
 
 struct api {
@@ -274,6 +282,8 @@ void api_choice_stop(struct api_choice *choice, const struct gen_end *e);
 /* A line of a stream: begin gives the buffer with "data: " and call->head in it. */
 struct json_out *api_line_begin(struct api_call *call);
 void api_line_end(struct api_call *call);
+/* The same for a named event, without call->head. */
+struct json_out *api_event_begin(struct api_call *call, const char *name);
 /* "usage" of the whole call so far (prompt tokens once per prompt), as an object. */
 /* How a line of an OpenAI stream ends: its usage as the client wants it. */
 void api_out_line_usage(struct api_call *call, struct json_out *o);
@@ -281,19 +291,43 @@ void api_out_usage(struct api_call *call, struct json_out *o);
 /* "stop" or "length"; "tool_calls" if the model stopped after calls. */
 const char *api_finish_name(const struct api_choice *choice);
 
-/* Answers at once. type NULL: application/json. request_id "": one is drawn. */
+/* Answers at once. type NULL: application/json. request_id "": one is drawn. shape: whose error
+ * format and headers apply, NULL: OpenAI's. */
 void api_reply(struct api *a, struct http_exchange *x, const char *request_id, uint64_t arrival_us,
                int status, const char *type, const char *body, size_t n);
 void api_reply_failure(struct api *a, struct http_exchange *x, const char *request_id,
-                       uint64_t arrival_us, const struct api_failure *f);
+                       uint64_t arrival_us, const struct api_shape *shape,
+                       const struct api_failure *f);
 /* Answers and ends a call that does not generate. */
 void api_call_reply(struct api_call *call, struct json_out *body);
 void api_out_failure(struct json_out *o, const struct api_failure *f);
+void api_out_failure_anthropic(struct json_out *o, const struct api_failure *f,
+                               const char *request_id);
+
+/* ---- conversations in other words than chat's: api_history.c ---- */
+
+/* Zero-initialise. Texts and ids are JSON strings and are shared, not copied. */
+struct api_history {
+    json_t *messages; /* NULL: none yet */
+    json_t *open;     /* the one that pieces are added to, or NULL */
+    bool failed;      /* out of memory; api_history_render says so */
+};
+void api_history_close(struct api_history *h); /* what comes next is a new message */
+void api_history_text(struct api_history *h, const char *role, const json_t *text);
+void api_history_reasoning(struct api_history *h, const json_t *text);
+void api_history_call(struct api_history *h, const json_t *id, const json_t *name,
+                      const json_t *arguments);
+void api_history_result(struct api_history *h, const json_t *id); /* its texts follow, role tool */
+bool api_history_says(const struct api_history *h); /* the open message has text or calls */
+/* As api_chat_render does. tools: as chat has them, or NULL. */
+MUST_CHECK enum err api_history_render(struct api_history *h, json_t *tools, struct api_call *call);
+void api_history_finish(struct api_history *h);
 
 /* ---- shapes and plain answers ---- */
 
 extern const struct api_shape api_shape_chat, api_shape_completions, api_shape_generate,
-    api_shape_tokenize, api_shape_detokenize;
+    api_shape_tokenize, api_shape_detokenize, api_shape_responses, api_shape_messages,
+    api_shape_count_tokens;
 
 typedef void api_get_fn(struct api *a, struct http_exchange *x, const struct http_request *r);
 api_get_fn api_get_models, api_get_model, api_get_health, api_get_ready, api_get_metrics,

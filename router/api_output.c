@@ -69,6 +69,13 @@ void api_gather(struct api_choice *choice, const struct glm_event *e)
         choice->call->broken = true;
 }
 
+bool api_gather_begins(struct api_choice *choice, const struct glm_event *e)
+{
+    size_t before = choice->n_items;
+    api_gather(choice, e);
+    return choice->n_items > before;
+}
+
 void api_choice_push(struct api_choice *choice, const struct gen_chunk *c)
 {
     glm_parser_push(&choice->parser, c->ids, (size_t)c->n_ids, c->text, c->n_text);

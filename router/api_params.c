@@ -32,7 +32,8 @@ typedef enum err read_fn(const char *name, const json_t *value, const struct clu
                          struct api_params *p, struct api_failure *f);
 static read_fn read_model, read_seed, read_stop, read_stop_ids, read_logprobs, read_effort,
     read_template_kwargs, read_thinking, read_enable_thinking, read_reasoning, read_stream_options,
-    read_tool_choice, read_response_format, read_modalities, read_cache_salt, read_decay, read_bias;
+    read_tool_choice, read_response_format, read_modalities, read_cache_salt, read_decay, read_bias,
+    read_text, read_include, read_truncation, read_output_config, read_anthropic_choice;
 
 struct row {
     const char *name;
@@ -45,7 +46,8 @@ struct row {
 
 #define OPENAI (API_CHAT | API_COMPLETIONS)
 #define ALL    (OPENAI | API_GENERATE)
-#define ANY    (OPENAI | API_GENERATE_OUTER | API_TOKENIZE | API_DETOKENIZE)
+#define ANY    (OPENAI | NEWER | API_GENERATE_OUTER | API_TOKENIZE | API_DETOKENIZE)
+#define NEWER  (API_RESPONSES | API_MESSAGES)
 #define CHATTY (API_CHAT | API_TOKENIZE)
 #define AT(f)  offsetof(struct api_params, f)
 
@@ -57,6 +59,11 @@ static const struct row rows[] = {
     {"model",                   ANY,                 READ, .read = read_model},
     {"messages",                CHATTY,              SHAPE},
     {"tools",                   CHATTY,              SHAPE},
+    {"messages",                API_MESSAGES,        SHAPE},
+    {"tools",                   NEWER,               SHAPE},
+    {"input",                   API_RESPONSES,       SHAPE},
+    {"instructions",            API_RESPONSES,       SHAPE},
+    {"system",                  API_MESSAGES,        SHAPE},
     {"prompt",                  API_COMPLETIONS | API_TOKENIZE, SHAPE},
     {"text",                    API_TOKENIZE,        SHAPE},
     {"inputs",                  API_GENERATE_OUTER | API_TOKENIZE, SHAPE},
@@ -66,36 +73,39 @@ static const struct row rows[] = {
     {"multimodal_params",       API_GENERATE_OUTER,  SHAPE},
 
     // sampling
-    {"temperature",             OPENAI,              REAL, AT(temperature), 0, 2},
+    {"temperature",             OPENAI | NEWER,      REAL, AT(temperature), 0, 2},
     {"temperature",             API_GENERATE,        REAL, AT(temperature), 0, 100},
-    {"top_p",                   ALL,                 REAL, AT(top_p), 0, 1},
-    {"top_k",                   ALL,                 INT,  AT(top_k), -1, INT32_MAX},
-    {"min_p",                   ALL,                 REAL, AT(min_p), 0, 1},
-    {"seed",                    ALL,                 READ, .read = read_seed},
-    {"logit_bias",              ALL,                 READ, .read = read_bias},
-    {"presence_penalty",        ALL,                 REAL, AT(presence_penalty), -2, 2},
-    {"frequency_penalty",       ALL,                 REAL, AT(frequency_penalty), -2, 2},
-    {"repetition_penalty",      ALL,                 REAL, AT(repetition_penalty), 0.01, 100},
+    {"top_p",                   ALL | NEWER,         REAL, AT(top_p), 0, 1},
+    {"top_k",                   ALL | NEWER,         INT,  AT(top_k), -1, INT32_MAX},
+    {"min_p",                   ALL | NEWER,         REAL, AT(min_p), 0, 1},
+    {"seed",                    ALL | NEWER,         READ, .read = read_seed},
+    {"logit_bias",              ALL | NEWER,         READ, .read = read_bias},
+    {"presence_penalty",        ALL | NEWER,         REAL, AT(presence_penalty), -2, 2},
+    {"frequency_penalty",       ALL | NEWER,         REAL, AT(frequency_penalty), -2, 2},
+    {"repetition_penalty",      ALL | NEWER,         REAL, AT(repetition_penalty), 0.01, 100},
     {"do_sample",               API_CHAT | API_GENERATE, BOOL, AT(do_sample)},
 
     // length and stopping
     {"max_tokens",              API_CHAT,            INT,  AT(max_tokens), 1, MAX_TOKENS},
     {"max_tokens",              API_COMPLETIONS,     INT,  AT(max_tokens), 0, MAX_TOKENS},
+    {"max_tokens",              API_MESSAGES,        INT,  AT(max_tokens), 1, MAX_TOKENS},
+    {"max_output_tokens",       API_RESPONSES,       INT,  AT(max_tokens), 1, MAX_TOKENS},
     {"max_completion_tokens",   API_CHAT,            INT,  AT(max_completion_tokens), 1, MAX_TOKENS},
     {"max_new_tokens",          API_GENERATE,        INT,  AT(max_tokens), 1, MAX_TOKENS},
     {"min_tokens",              OPENAI,              INT,  AT(min_tokens), 0, MAX_TOKENS},
     {"min_new_tokens",          API_GENERATE,        INT,  AT(min_tokens), 0, MAX_TOKENS},
     {"stop",                    OPENAI,              READ, .read = read_stop},
-    {"stop_sequences",          API_GENERATE,        READ, .read = read_stop},
-    {"stop_token_ids",          ALL,                 READ, .read = read_stop_ids},
-    {"ignore_eos",              ALL,                 BOOL, AT(ignore_eos)},
+    {"stop",                    API_RESPONSES,       READ, .read = read_stop},
+    {"stop_sequences",          API_GENERATE | API_MESSAGES, READ, .read = read_stop},
+    {"stop_token_ids",          ALL | NEWER,         READ, .read = read_stop_ids},
+    {"ignore_eos",              ALL | NEWER,         BOOL, AT(ignore_eos)},
     {"include_stop_str_in_output", OPENAI,           BOOL, AT(include_stop)},
 
     // form of the answer
     {"n",                       ALL,                 INT,  AT(n), 1, API_MAX_N},
     {"best_of",                 API_COMPLETIONS | API_GENERATE, INT, AT(best_of), 1, API_MAX_N},
-    {"stream",                  OPENAI,              BOOL, AT(stream)},
-    {"stream_options",          OPENAI,              READ, .read = read_stream_options},
+    {"stream",                  OPENAI | NEWER,      BOOL, AT(stream)},
+    {"stream_options",          OPENAI | API_RESPONSES, READ, .read = read_stream_options},
     {"logprobs",                OPENAI,              READ, .read = read_logprobs},
     {"top_logprobs",            API_CHAT,            INT,  AT(top_logprobs), 0, WIRE_MAX_TOP},
     {"echo",                    API_COMPLETIONS,     BOOL, AT(echo)},
@@ -103,33 +113,38 @@ static const struct row rows[] = {
     {"return_details",          API_GENERATE,        BOOL, AT(return_details)},
 
     // chat template and reasoning
-    {"chat_template_kwargs",    CHATTY,              READ, .read = read_template_kwargs},
-    {"thinking",                API_CHAT,            READ, .read = read_thinking},
+    {"chat_template_kwargs",    CHATTY | NEWER,      READ, .read = read_template_kwargs},
+    {"thinking",                API_CHAT | API_MESSAGES, READ, .read = read_thinking},
     {"enable_thinking",         API_CHAT,            READ, .read = read_enable_thinking},
     {"reasoning_effort",        API_CHAT,            READ, .read = read_effort},
-    {"reasoning",               API_CHAT,            READ, .read = read_reasoning},
+    {"reasoning",               API_CHAT | API_RESPONSES, READ, .read = read_reasoning},
     {"separate_reasoning",      API_CHAT,            BOOL, AT(separate_reasoning)},
     {"include_reasoning",       API_CHAT,            BOOL, AT(include_reasoning)},
     {"add_generation_prompt",   CHATTY,              BOOL, AT(add_generation_prompt)},
     {"continue_final_message",  CHATTY,              BOOL, AT(continue_final_message)},
-    {"tool_choice",             CHATTY,              READ, .read = read_tool_choice},
-    {"parallel_tool_calls",     API_CHAT,            BOOL, AT(parallel_tool_calls)},
+    {"tool_choice",             CHATTY | API_RESPONSES, READ, .read = read_tool_choice},
+    {"tool_choice",             API_MESSAGES,        READ, .read = read_anthropic_choice},
+    {"parallel_tool_calls",     API_CHAT | API_RESPONSES, BOOL, AT(parallel_tool_calls)},
     {"response_format",         OPENAI,              READ, .read = read_response_format},
     {"modalities",              API_CHAT,            READ, .read = read_modalities},
-    {"cache_salt",              ALL,                 READ, .read = read_cache_salt},
+    {"cache_salt",              ALL | NEWER,         READ, .read = read_cache_salt},
+    {"text",                    API_RESPONSES,       READ, .read = read_text},
+    {"include",                 API_RESPONSES,       READ, .read = read_include},
+    {"truncation",              API_RESPONSES,       READ, .read = read_truncation},
+    {"output_config",           API_MESSAGES,        READ, .read = read_output_config},
 
     // what changes no answer
     {"add_special_tokens",      ALL | API_TOKENIZE,  IGNORE}, // the tokeniser adds none
     {"add_spaces_between_special_tokens", API_GENERATE, IGNORE},
     {"spaces_between_special_tokens", OPENAI,        IGNORE},
-    {"user",                    ALL,                 IGNORE},
-    {"metadata",                OPENAI,              IGNORE},
-    {"store",                   OPENAI,              IGNORE},
-    {"service_tier",            OPENAI,              IGNORE},
-    {"prompt_cache_key",        OPENAI,              IGNORE},
-    {"prompt_cache_retention",  OPENAI,              IGNORE},
+    {"user",                    ALL | NEWER,              IGNORE},
+    {"metadata",                OPENAI | NEWER,       IGNORE},
+    {"store",                   OPENAI | NEWER,       IGNORE},
+    {"service_tier",            OPENAI | NEWER,       IGNORE},
+    {"prompt_cache_key",        OPENAI | NEWER,       IGNORE},
+    {"prompt_cache_retention",  OPENAI | NEWER,       IGNORE},
     {"cache_prompt",            OPENAI,              IGNORE},
-    {"safety_identifier",       OPENAI,              IGNORE},
+    {"safety_identifier",       OPENAI | NEWER,       IGNORE},
     {"verbosity",               API_CHAT,            IGNORE},
     {"prediction",              API_CHAT,            IGNORE},
     {"priority",                OPENAI,              IGNORE},
@@ -139,6 +154,14 @@ static const struct row rows[] = {
     {"usage",                   API_CHAT,            IGNORE},
     {"keep_alive",              OPENAI,              IGNORE},
     {"return_token_strs",       API_TOKENIZE,        IGNORE},
+    {"max_tool_calls",          API_RESPONSES,       IGNORE}, // counts calls of tools that run here
+    {"prompt_cache_options",    API_RESPONSES,       IGNORE},
+    {"client_metadata",         API_RESPONSES,       IGNORE},
+    {"cache_control",           API_MESSAGES,        IGNORE}, // every prefix is cached
+    {"context_management",      API_MESSAGES,        IGNORE}, // the template clears old reasoning
+    {"inference_geo",           API_MESSAGES,        IGNORE},
+    {"speed",                   API_MESSAGES,        IGNORE},
+    {"diagnostics",             API_MESSAGES,        IGNORE},
 
     // what would, and is not there
     {"length_penalty",          OPENAI,              ONLY, .min = 1},
@@ -174,6 +197,15 @@ static const struct row rows[] = {
     {"input_penalty",           API_GENERATE,        REFUSE},
     {"print_eos_token",         API_GENERATE,        REFUSE},
     {"kv_transfer_params",      OPENAI,              REFUSE},
+    {"previous_response_id",    API_RESPONSES,       REFUSE}, // nothing is kept: send the history
+    {"conversation",            API_RESPONSES,       REFUSE},
+    {"prompt",                  API_RESPONSES,       REFUSE},
+    {"background",              API_RESPONSES,       REFUSE},
+    {"context_management",      API_RESPONSES,       REFUSE},
+    {"moderation",              API_RESPONSES,       REFUSE},
+    {"top_logprobs",            API_RESPONSES,       ONLY, .min = 0},
+    {"container",               API_MESSAGES,        REFUSE},
+    {"mcp_servers",             API_MESSAGES,        REFUSE},
 };
 /* clang-format on */
 
@@ -679,10 +711,10 @@ static enum err read_response_format(const char *name, const json_t *value,
         return wrong_type(f, name, "an object", value);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
-        return api_refuse(f, "response_format.type", "response_format.type must be a string");
+        return api_refuse(f, name, "%s.type must be a string", name);
     if (strcmp(type, "text") != 0)
         return api_fail(f, 400, "unsupported_value", name,
-                        "response_format.type \"%.32s\" is not supported: text is", type);
+                        "%s.type \"%.32s\" is not supported: text is", name, type);
     return ERR_OK;
 }
 
@@ -759,4 +791,78 @@ static enum err read_bias(const char *name, const json_t *value, const struct cl
         p->bias_value[p->n_bias++] = (float)bias;
     }
     return ERR_OK;
+}
+
+/* ---- those of /v1/responses and /v1/messages ---- */
+
+static enum err read_text(const char *name, const json_t *value, const struct cluster_model *model,
+                          struct api_params *p, struct api_failure *f)
+{
+    if (!json_is_object(value))
+        return wrong_type(f, name, "an object", value);
+    const json_t *format = json_object_get(value, "format");
+    return format && !json_is_null(format)
+               ? read_response_format("text.format", format, model, p, f)
+               : ERR_OK; /* verbosity is a hint */
+}
+
+/* What there is nothing of is not missing from an answer; log probabilities would be. */
+static enum err read_include(const char *name, const json_t *value,
+                             const struct cluster_model *model, struct api_params *p,
+                             struct api_failure *f)
+{
+    (void)model;
+    (void)p;
+    if (!json_is_array(value))
+        return wrong_type(f, name, "an array of strings", value);
+    for (size_t i = 0; i < json_array_size(value); i++) {
+        const char *s = json_string_value(json_array_get(value, i));
+        if (!s || strcmp(s, "reasoning.encrypted_content") != 0)
+            return api_fail(f, 400, "unsupported_value", name, "%s[%zu] \"%.64s\" is not supported",
+                            name, i, s ? s : "");
+    }
+    return ERR_OK;
+}
+
+static enum err read_truncation(const char *name, const json_t *value,
+                                const struct cluster_model *model, struct api_params *p,
+                                struct api_failure *f)
+{
+    (void)model;
+    (void)p;
+    const char *s = json_string_value(value);
+    if (!s || strcmp(s, "disabled") != 0)
+        return api_fail(f, 400, "unsupported_value", name, "%s can only be \"disabled\"", name);
+    return ERR_OK;
+}
+
+static enum err read_output_config(const char *name, const json_t *value,
+                                   const struct cluster_model *model, struct api_params *p,
+                                   struct api_failure *f)
+{
+    if (!json_is_object(value))
+        return wrong_type(f, name, "an object", value);
+    const json_t *format = json_object_get(value, "format");
+    const json_t *effort = json_object_get(value, "effort");
+    if (format && !json_is_null(format))
+        return unsupported(f, "output_config.format");
+    enum api_thinking before = p->effort; /* how much to think, not whether */
+    if (effort && !json_is_null(effort))
+        TRY(read_effort("output_config.effort", effort, model, p, f));
+    p->effort = before;
+    return ERR_OK;
+}
+
+static enum err read_anthropic_choice(const char *name, const json_t *value,
+                                      const struct cluster_model *model, struct api_params *p,
+                                      struct api_failure *f)
+{
+    if (!json_is_object(value))
+        return wrong_type(f, name, "an object", value);
+    if (json_is_true(json_object_get(value, "disable_parallel_tool_use")))
+        p->parallel_tool_calls = false;
+    const json_t *type = json_object_get(value, "type");
+    if (!json_is_string(type))
+        return api_refuse(f, "tool_choice.type", "tool_choice.type must be a string");
+    return read_tool_choice(name, type, model, p, f);
 }

@@ -239,6 +239,7 @@ static const char *reason_phrase(int status)
         {503, "Service Unavailable"},
         {504, "Gateway Timeout"},
         {505, "HTTP Version Not Supported"},
+        {529, "Overloaded"},
     };
     for (size_t i = 0; i < ARRAY_LEN(phrases); i++)
         if (phrases[i].status == status)

@@ -81,6 +81,16 @@ def test_tool_call(client):
     assert (name, json.loads(arguments)) == ("set_light", {"room": "garage", "on": True})
 
 
+def test_helpers(client):
+    kw = dict(model="demo-model", messages=ASK, temperature=0, extra_body=NO_THINKING)
+    with client.chat.completions.stream(**kw, stream_options={"include_usage": True}) as s:
+        kinds = {e.type for e in s}
+        final = s.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.content == DOG and final.usage.completion_tokens == 14
+    assert client.beta.chat.completions.parse(**kw).choices[0].message.content == DOG
+
+
 def test_stop(client):
     r = chat(client, stop=["genus", "never"])
     assert r.choices[0].message.content == "A dog is a member of the "

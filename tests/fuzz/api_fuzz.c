@@ -86,6 +86,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     try_shape(&api_shape_chat, false, data, n);
     try_shape(&api_shape_completions, false, data, n);
+    try_shape(&api_shape_responses, false, data, n);
+    try_shape(&api_shape_messages, false, data, n);
+    try_shape(&api_shape_count_tokens, false, data, n);
     try_shape(&api_shape_generate, false, data, n);
     try_shape(&api_shape_generate, true, data, n);
     try_shape(&api_shape_tokenize, false, data, n);

@@ -1488,6 +1488,144 @@ static void overload(void)
     answer_finish(&a);
 }
 
+#define MESSAGES  "/v1/messages"
+#define RESPONSES "/v1/responses"
+#define TOOL      "\"tools\":[{\"name\":\"f\",\"input_schema\":{}}],"
+
+static void anthropic_errors(void)
+{
+    static const struct {
+        const char *path, *body;
+        int status;
+        const char *type, *want;
+    } rows[] = {
+        {MESSAGES, "{\"max_tokens\":5," HI "}", 200, NULL, "\"stop_reason\":\"max_tokens\""},
+        {MESSAGES, "{" HI "}", 400, "invalid_request_error", "max_tokens is required"},
+        {MESSAGES, "[]", 400, "invalid_request_error", "object"},
+        {MESSAGES, "{\"max_tokens\":5,\"model\":\"x\"," HI "}", 404, "not_found_error", "model"},
+        {MESSAGES, "{\"max_tokens\":5,\"system\":5," HI "}", 400, "invalid_request_error",
+         "system"},
+        {MESSAGES, "{\"max_tokens\":5,\"system\":[{\"type\":\"image\"}]," HI "}", 400,
+         "invalid_request_error", "system[0]"},
+        {MESSAGES, "{\"max_tokens\":5,\"tools\":[{\"name\":\"f\"}]," HI "}", 400,
+         "invalid_request_error", "tools[0]"},
+        {MESSAGES,
+         "{\"max_tokens\":5,\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"tool_use\"}]}"
+         "]}",
+         400, "invalid_request_error", "messages[0].content[0]"},
+        {MESSAGES,
+         "{\"max_tokens\":5,\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"tool_"
+         "result\","
+         "\"tool_use_id\":\"a\",\"content\":[{\"type\":\"image\"}]}]}]}",
+         400, "invalid_request_error", "messages[0].content[0]"},
+        {MESSAGES, "{\"max_tokens\":5,\"output_config\":{\"format\":{}}," HI "}", 400,
+         "invalid_request_error", "output_config.format"},
+        {MESSAGES "/count_tokens", "{" HI "}", 200, NULL, "{\"input_tokens\":7}"},
+        {MESSAGES "/count_tokens", "{}", 400, "invalid_request_error", "messages"},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+        script_reset("hello");
+        struct answer a = ask("POST", rows[i].path, rows[i].body);
+        if (a.status != rows[i].status || !strstr(a.body, rows[i].want))
+            fprintf(stderr, "row %zu: %s\n  %s\n", i, rows[i].body, a.body);
+        CHECK_INT(a.status, rows[i].status);
+        CHECK(strstr(a.body, rows[i].want) != NULL);
+        CHECK(a.json && strcmp(header(&a, "request-id"), "") != 0);
+        if (rows[i].type) {
+            CHECK_STR(text_at(a.json, "type"), "error");
+            CHECK_STR(text_at(a.json, "error.type"), rows[i].type);
+            CHECK_STR(text_at(a.json, "request_id"), header(&a, "request-id"));
+        }
+        answer_finish(&a);
+    }
+    script_reset("x");
+    script.admits = ERR_UNAVAILABLE;
+    struct answer a = ask("POST", MESSAGES, "{\"max_tokens\":5," HI "}");
+    CHECK_INT(a.status, 529);
+    CHECK_STR(text_at(a.json, "error.type"), "overloaded_error");
+    CHECK_STR(header(&a, "Retry-After"), "3");
+    answer_finish(&a);
+}
+
+/* Names of the events, and their data in the same order. */
+static json_t *named_events(const struct answer *a, char *names, size_t cap)
+{
+    size_t n = 0;
+    names[0] = '\0';
+    for (const char *p = a->body; (p = strstr(p, "event: "));) {
+        p += strlen("event: ");
+        n += (size_t)snprintf(names + n, cap - n, "%.*s ", (int)strcspn(p, "\n"), p);
+        REQUIRE(n < cap);
+    }
+    return events_of(a, "\ndata: ");
+}
+
+static void newer_streams(void)
+{
+    char names[4096];
+    cluster.model.max_total_tokens = 4096;
+    script_reset("a<tool_call>f<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>");
+    script.per_chunk = 100;
+    struct answer a = ask("POST", MESSAGES, "{\"max_tokens\":900,\"stream\":true," TOOL HI "}");
+    json_t *e = named_events(&a, names, sizeof(names));
+    CHECK_STR(names,
+              "message_start ping content_block_start content_block_delta content_block_stop "
+              "content_block_start content_block_delta "
+              "content_block_stop message_delta message_stop ");
+    CHECK_STR(text_at(e, "2.content_block.type"), "text");
+    CHECK_STR(text_at(e, "5.content_block.name"), "f");
+    CHECK_STR(text_at(e, "8.delta.stop_reason"), "tool_use");
+    CHECK_INT(int_at(e, "0.message.usage.output_tokens"), 0);
+    CHECK(a.clean && !strstr(a.body, "[DONE]"));
+    json_decref(e);
+    answer_finish(&a);
+
+    /* cut inside a call */
+    a = ask("POST", MESSAGES, "{\"max_tokens\":8," TOOL HI "}");
+    CHECK_STR(text_at(a.json, "stop_reason"), "max_tokens");
+    CHECK_STR(text_at(a.json, "content.1.name"), "f");
+    CHECK_INT(json_object_size(at(a.json, "content.1.input")), 0);
+    answer_finish(&a);
+
+    script_reset("why</think>ab");
+    a = ask("POST", RESPONSES, "{\"input\":\"x\",\"stream\":true}");
+    e = named_events(&a, names, sizeof(names));
+    CHECK_STR(names,
+              "response.created response.in_progress response.output_item.added "
+              "response.content_part.added response.reasoning_text.delta "
+              "response.reasoning_text.delta response.reasoning_text.delta "
+              "response.reasoning_text.done response.content_part.done response.output_item.done "
+              "response.output_item.added response.content_part.added response.output_text.delta "
+              "response.output_text.delta response.output_text.done response.content_part.done "
+              "response.output_item.done response.completed ");
+    for (size_t i = 0; i < json_array_size(e); i++)
+        CHECK_INT(int_at(json_array_get(e, i), "sequence_number"), (long long)i);
+    CHECK_STR(text_at(e, "0.response.status"), "in_progress");
+    CHECK_STR(text_at(e, "17.response.output.1.content.0.text"), "ab");
+    CHECK_STR(text_at(e, "17.response.output.1.id"), text_at(e, "10.item.id"));
+    CHECK(a.clean);
+    json_decref(e);
+    answer_finish(&a);
+
+    /* failures in mid-stream */
+    script_reset("hello");
+    script.fail_after = 2;
+    a = ask("POST", MESSAGES, "{\"max_tokens\":9,\"stream\":true," HI "}");
+    e = named_events(&a, names, sizeof(names));
+    CHECK(strstr(names, " error ") != NULL && !a.clean);
+    CHECK_STR(text_at(json_array_get(e, json_array_size(e) - 1), "error.type"), "api_error");
+    json_decref(e);
+    answer_finish(&a);
+    a = ask("POST", RESPONSES, "{\"input\":\"x\",\"stream\":true}");
+    e = named_events(&a, names, sizeof(names));
+    CHECK(strstr(names, " error ") != NULL && !a.clean);
+    CHECK_STR(text_at(json_array_get(e, json_array_size(e) - 1), "error.message"),
+              "the worker died");
+    json_decref(e);
+    answer_finish(&a);
+    cluster.model.max_total_tokens = CONTEXT;
+}
+
 static void failures_in_mid_stream(void)
 {
     script_reset("abcdef");
@@ -1651,6 +1789,8 @@ int main(void)
     RUN(generate_streams);
     RUN(large_bodies_use_the_pool);
     RUN(overload);
+    RUN(anthropic_errors);
+    RUN(newer_streams);
     RUN(failures_in_mid_stream);
     RUN(leaving_cancels);
     RUN(silence_gets_a_comment);
