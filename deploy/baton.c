@@ -2,11 +2,13 @@
  *
  *   baton serve [flags]            a local cluster: router, prefill and decode workers
  *   baton admin SOCKET COMMAND...  one question to a running process
+ *   baton bench [flags]            a load on a server, measured (tests/bench)
  *   baton version, baton help
  *
  * serve is plan.c (what to run) and supervisor.c (running it). Nothing here is on the request path.
  */
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,7 +26,29 @@
 #define ADMIN_TIMEOUT_S 10
 
 static int serve(int argc, char **argv);
+/* Becomes baton-bench, which is beside this program (installed) or in the build tree. */
+static int bench(char **argv)
+{
+    static const char *const places[] = {"baton-bench", "../tests/bench/baton-bench"};
+    const char *dir = getenv("BATON_BIN_DIR");
+    char self[PATH_MAX] = "", path[PATH_MAX + 64];
+    if (!dir || !dir[0]) {
+        if (readlink("/proc/self/exe", self, sizeof(self) - 1) > 0)
+            *strrchr(self, '/') = '\0';
+        dir = self;
+    }
+    for (size_t i = 0; i < ARRAY_LEN(places); i++) {
+        snprintf(path, sizeof(path), "%s/%s", dir, places[i]);
+        execv(path, argv);
+        if (errno != ENOENT && errno != ENOTDIR)
+            break;
+    }
+    fprintf(stderr, "baton: %s: %s\n", path, strerror(errno));
+    return 2;
+}
+
 static int admin(int argc, char **argv);
+static int bench(char **argv);
 static int usage(FILE *f);
 
 int main(int argc, char **argv)
@@ -34,6 +58,8 @@ int main(int argc, char **argv)
         return serve(argc - 2, argv + 2);
     if (!strcmp(command, "admin"))
         return admin(argc - 2, argv + 2);
+    if (!strcmp(command, "bench"))
+        return bench(argv + 1);
     if (!strcmp(command, "version") || !strcmp(command, "--version")) {
         printf("baton %s\n", BATON_VERSION);
         return 0;
@@ -53,6 +79,7 @@ static int usage(FILE *f)
 {
     fputs("usage: baton serve [flags]            start a cluster on this machine\n"
           "       baton admin SOCKET COMMAND...  ask a process: accounting, drain, failpoint SPEC\n"
+          "       baton bench [flags]            put a load on a server and measure it\n"
           "       baton version\n"
           "       baton help\n"
           "\n"
