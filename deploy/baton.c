@@ -1,6 +1,7 @@
 /* baton.c: the command that people type.
  *
  *   baton serve [flags]            a local cluster: router, prefill and decode workers
+ *   baton preflight [flags]        would it start here with these flags?
  *   baton admin SOCKET COMMAND...  one question to a running process
  *   baton bench [flags]            a load on a server, measured (tests/bench)
  *   baton version, baton help
@@ -20,33 +21,15 @@
 #include "common/base/config.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "deploy/place.h"
 #include "deploy/plan.h"
+#include "deploy/preflight.h"
 #include "deploy/supervisor.h"
 
 #define ADMIN_TIMEOUT_S 10
 
 static int serve(int argc, char **argv);
-/* Becomes baton-bench, which is beside this program (installed) or in the build tree. */
-static int bench(char **argv)
-{
-    static const char *const places[] = {"baton-bench", "../tests/bench/baton-bench"};
-    const char *dir = getenv("BATON_BIN_DIR");
-    char self[PATH_MAX] = "", path[PATH_MAX + 64];
-    if (!dir || !dir[0]) {
-        if (readlink("/proc/self/exe", self, sizeof(self) - 1) > 0)
-            *strrchr(self, '/') = '\0';
-        dir = self;
-    }
-    for (size_t i = 0; i < ARRAY_LEN(places); i++) {
-        snprintf(path, sizeof(path), "%s/%s", dir, places[i]);
-        execv(path, argv);
-        if (errno != ENOENT && errno != ENOTDIR)
-            break;
-    }
-    fprintf(stderr, "baton: %s: %s\n", path, strerror(errno));
-    return 2;
-}
-
+static int check(int argc, char **argv);
 static int admin(int argc, char **argv);
 static int bench(char **argv);
 static int usage(FILE *f);
@@ -56,6 +39,8 @@ int main(int argc, char **argv)
     const char *command = argc > 1 ? argv[1] : "";
     if (!strcmp(command, "serve"))
         return serve(argc - 2, argv + 2);
+    if (!strcmp(command, "preflight"))
+        return check(argc - 2, argv + 2);
     if (!strcmp(command, "admin"))
         return admin(argc - 2, argv + 2);
     if (!strcmp(command, "bench"))
@@ -78,6 +63,7 @@ int main(int argc, char **argv)
 static int usage(FILE *f)
 {
     fputs("usage: baton serve [flags]            start a cluster on this machine\n"
+          "       baton preflight [flags]        check this machine for what serve would need\n"
           "       baton admin SOCKET COMMAND...  ask a process: accounting, drain, failpoint SPEC\n"
           "       baton bench [flags]            put a load on a server and measure it\n"
           "       baton version\n"
@@ -100,9 +86,44 @@ static int serve(int argc, char **argv)
         fprintf(stderr, "baton: %s\n", err_text(e));
         return 2;
     }
+    place(plan);
     int code = supervise(plan);
     plan_destroy(plan);
     return code;
+}
+
+static int check(int argc, char **argv)
+{
+    struct plan *plan;
+    enum err e = plan_create(argc, argv, &plan);
+    if (e) {
+        fprintf(stderr, "baton: %s\n", err_text(e));
+        return 2;
+    }
+    int n_failures = preflight(plan, stdout);
+    plan_destroy(plan);
+    return n_failures ? 1 : 0;
+}
+
+/* Becomes baton-bench, which is beside this program (installed) or in the build tree. */
+static int bench(char **argv)
+{
+    static const char *const places[] = {"baton-bench", "../tests/bench/baton-bench"};
+    const char *dir = getenv("BATON_BIN_DIR");
+    char self[PATH_MAX] = "", path[PATH_MAX + 64];
+    if (!dir || !dir[0]) {
+        if (readlink("/proc/self/exe", self, sizeof(self) - 1) > 0)
+            *strrchr(self, '/') = '\0';
+        dir = self;
+    }
+    for (size_t i = 0; i < ARRAY_LEN(places); i++) {
+        snprintf(path, sizeof(path), "%s/%s", dir, places[i]);
+        execv(path, argv);
+        if (errno != ENOENT && errno != ENOTDIR)
+            break;
+    }
+    fprintf(stderr, "baton: %s: %s\n", path, strerror(errno));
+    return 2;
 }
 
 static int admin(int argc, char **argv)

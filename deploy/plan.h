@@ -8,6 +8,7 @@
 #define BATON_PLAN_H
 
 #include <jansson.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -20,6 +21,7 @@ struct plan_proc {
     char *exe;     // absolute path of the program
     json_t
         *flags; // {"mtp_step": "2"}: what it is started with, later settings replace earlier ones
+    cpu_set_t cpus; // where it may run; empty: anywhere
 };
 
 struct plan {
@@ -29,6 +31,7 @@ struct plan {
     bool made_run_dir;       // by us, so it goes when we go
     struct plan_proc *procs; // [0] is the router, then prefill workers, then decode workers
     size_t n_procs, n_prefill, n_decode;
+    char place_note[256]; // why workers are not pinned to the cores near their GPU
 };
 
 /* argv: the arguments after "serve". ERR_INVALID, ERR_NOT_FOUND, ERR_IO with a sentence for the

@@ -31,6 +31,7 @@
 
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "deploy/cpus.h"
 #include "deploy/probe.h"
 
 #define RESTART_FIRST_MS  200
@@ -90,6 +91,7 @@ static void on_deadline(uv_timer_t *h);
 static void stop_workers(struct supervisor *s);
 static void fail(struct supervisor *s, int exit_code);
 static void write_pids(struct supervisor *s);
+static void say_places(struct supervisor *s);
 static void say(struct supervisor *s, enum log_level level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
@@ -136,6 +138,7 @@ int supervise(const struct plan *plan)
             uv_timer_init(&s->loop, &children[i].restart);
             children[i].restart.data = &children[i];
         }
+        say_places(s);
         for (size_t i = 0; i < plan->n_procs; i++)
             start_child(&children[i]);
         probe_start(s->probe);
@@ -184,6 +187,17 @@ static void say(struct supervisor *s, enum log_level level, const char *fmt, ...
     va_end(ap);
     print_prefix(s, "baton", 0);
     log_event(level, "serve", "%s", line);
+}
+
+static void say_places(struct supervisor *s)
+{
+    char list[512];
+    if (s->plan->place_note[0])
+        say(s, LOG_WARN, "workers run on any core: %s", s->plan->place_note);
+    for (size_t i = 0; i < s->plan->n_procs; i++)
+        if (CPU_COUNT(&s->plan->procs[i].cpus))
+            say(s, LOG_INFO, "process=%s cpus=%s near its GPU", s->plan->procs[i].name,
+                cpus_format(&s->plan->procs[i].cpus, list, sizeof list));
 }
 
 static void print_line(struct child *c, const char *line, size_t n, bool progress)
@@ -257,7 +271,7 @@ static void read_last_lines(struct child *c)
 
 /* ---- one child ---- */
 
-static void exec_child(char **argv, int out, pid_t launcher)
+static void exec_child(char **argv, const cpu_set_t *cpus, int out, pid_t launcher)
 {
     sigset_t none;
     sigemptyset(&none);
@@ -267,6 +281,8 @@ static void exec_child(char **argv, int out, pid_t launcher)
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != launcher) // it died before the prctl
         _exit(1);
+    if (CPU_COUNT(cpus))
+        sched_setaffinity(0, sizeof *cpus, cpus); // a preference: without it all still works
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (null >= 0)
         dup2(null, STDIN_FILENO);
@@ -297,7 +313,7 @@ static void start_child(struct child *c)
     }
     pid_t launcher = getpid(), pid = fork();
     if (pid == 0)
-        exec_child(argv, fds[1], launcher);
+        exec_child(argv, &c->proc->cpus, fds[1], launcher);
     plan_free_argv(argv);
     close(fds[1]);
     uv_pipe_init(&s->loop, &o->pipe, 0);

@@ -74,6 +74,7 @@ static const struct {
     {"kv_checksum", {"on", "off"}},
     {"mtp_mode", {"eagle_with_att", "vanilla_with_att"}},
     {"prefix_cache", {"on", "off"}},
+    {"pin", {"auto", "off"}},
 };
 
 static const char *const endpoints[] = {"router_endpoint", "peer_endpoint"};
