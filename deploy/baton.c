@@ -2,6 +2,7 @@
  *
  *   baton serve [flags]            a local cluster: router, prefill and decode workers
  *   baton preflight [flags]        would it start here with these flags?
+ *   baton keygen ROLE FILE         a key pair for links between hosts
  *   baton admin SOCKET COMMAND...  one question to a running process
  *   baton bench [flags]            a load on a server, measured (tests/bench)
  *   baton version, baton help
@@ -19,6 +20,7 @@
 #include <unistd.h>
 
 #include "common/base/config.h"
+#include "common/base/curve.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
 #include "deploy/place.h"
@@ -30,6 +32,7 @@
 
 static int serve(int argc, char **argv);
 static int check(int argc, char **argv);
+static int keygen(int argc, char **argv);
 static int admin(int argc, char **argv);
 static int bench(char **argv);
 static int usage(FILE *f);
@@ -41,6 +44,8 @@ int main(int argc, char **argv)
         return serve(argc - 2, argv + 2);
     if (!strcmp(command, "preflight"))
         return check(argc - 2, argv + 2);
+    if (!strcmp(command, "keygen"))
+        return keygen(argc - 2, argv + 2);
     if (!strcmp(command, "admin"))
         return admin(argc - 2, argv + 2);
     if (!strcmp(command, "bench"))
@@ -64,6 +69,10 @@ static int usage(FILE *f)
 {
     fputs("usage: baton serve [flags]            start a cluster on this machine\n"
           "       baton preflight [flags]        check this machine for what serve would need\n"
+          "       baton keygen ROLE FILE         a key pair for a router, prefill or decode "
+          "process: the\n"
+          "                                      secret half to FILE, the line for allow files "
+          "printed\n"
           "       baton admin SOCKET COMMAND...  ask a process: accounting, drain, failpoint SPEC\n"
           "       baton bench [flags]            put a load on a server and measure it\n"
           "       baton version\n"
@@ -124,6 +133,23 @@ static int bench(char **argv)
     }
     fprintf(stderr, "baton: %s: %s\n", path, strerror(errno));
     return 2;
+}
+
+static int keygen(int argc, char **argv)
+{
+    const char *role = argc == 2 ? argv[0] : "";
+    if (strcmp(role, "router") && strcmp(role, "prefill") && strcmp(role, "decode")) {
+        fprintf(stderr, "usage: baton keygen router|prefill|decode FILE\n");
+        return 2;
+    }
+    struct curve_pair pair;
+    enum err e = curve_keygen(argv[1], &pair);
+    if (e) {
+        fprintf(stderr, "baton: %s\n", err_text(e));
+        return 1;
+    }
+    printf("%s %s\n", role, pair.public_key);
+    return 0;
 }
 
 static int admin(int argc, char **argv)

@@ -20,6 +20,7 @@
 #include "common/base/admin.h"
 #include "common/base/clock.h"
 #include "common/base/config.h"
+#include "common/base/curve.h"
 #include "common/base/log.h"
 #include "common/base/metrics.h"
 #include "common/base/own.h"
@@ -76,7 +77,9 @@ int main(int argc, char **argv)
             log_init("router", (enum log_level)i);
     config_log(CONFIG_ROUTER, &r.config);
 
-    e = start(&r);
+    e = curve_load(r.config.curve_key_file, r.config.curve_allow_file, r.config.insecure_tcp);
+    if (e == ERR_OK)
+        e = start(&r);
     if (e != ERR_OK) {
         log_error("main", "%s", err_text(e));
         return 1;

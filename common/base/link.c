@@ -36,6 +36,7 @@
 #include <zmq.h>
 
 #include "common/base/clock.h"
+#include "common/base/curve.h"
 #include "common/base/failpoint.h"
 #include "common/base/own.h"
 
@@ -47,7 +48,8 @@
 #define N_WHO_SLOTS       64u
 #define HEARTBEAT_MS      500
 #define HEARTBEAT_DEAD_MS 1500
-#define LINGER_MS         100 /* lets a queued BYE out */
+#define LINGER_MS         100     /* lets a queued BYE out */
+#define KEY_MARK          "?key=" /* in an announced endpoint, before the hub's public key */
 
 /* ---- the process's ZeroMQ context ------------------------------------------------------------ */
 
@@ -479,6 +481,12 @@ static void hub_ask_who(struct link_hub *hub, const uint8_t *id)
 
 static void hub_take(struct link_hub *hub, const uint8_t *id, zmq_msg_t *frame)
 {
+    uint64_t role; // an id begins with it, see link_line_create
+    memcpy(&role, id, sizeof(role));
+    if (!curve_may(frame, role - 1)) {
+        hub->n_bad++;
+        return;
+    }
     struct peer *p = hub_find_id(hub, id);
     struct wire_msg m;
     enum err e = pump_decode(&hub->pump, frame, &m);
@@ -493,6 +501,10 @@ static void hub_take(struct link_hub *hub, const uint8_t *id, zmq_msg_t *frame)
             if (++p->n_bad == MAX_BAD)
                 hub_doom(hub, p, "bad frames");
         }
+        return;
+    }
+    if (m.head.type == WIRE_HELLO && !curve_may(frame, ((const struct wire_hello *)m.body)->role)) {
+        hub->n_bad++;
         return;
     }
 
@@ -599,10 +611,15 @@ enum err link_hub_create(uv_loop_t *loop, const char *endpoint, struct link_limi
     if (e == ERR_OK && (socket_option(pump->socket, ZMQ_ROUTER_MANDATORY, 1) ||
                         socket_option(pump->socket, ZMQ_ROUTER_HANDOVER, 1)))
         e = err_set(ERR_IO, "ZeroMQ refused a router option: %s", zmq_strerror(zmq_errno()));
+    char key[CURVE_KEY_CHARS + 1];
+    if (e == ERR_OK)
+        e = curve_guard_hub(context, pump->socket, endpoint, key);
     if (e == ERR_OK)
         e = socket_bind(pump->socket, endpoint);
     if (e == ERR_OK && zmq_getsockopt(pump->socket, ZMQ_LAST_ENDPOINT, hub->endpoint, &n))
         e = err_set(ERR_IO, "%s: no resolved endpoint", endpoint);
+    if (e == ERR_OK && key[0])
+        snprintf(hub->endpoint + n - 1, sizeof(hub->endpoint) - n + 1, KEY_MARK "%s", key);
     if (e == ERR_OK && !(pump->poll = doorbell_open(loop, pump->socket)))
         e = err_set(ERR_IO, "%s: cannot watch the socket", endpoint);
     if (e != ERR_OK) {
@@ -681,6 +698,7 @@ struct link_line {
     link_line_fn *fn;
     void *user;
     char endpoint[256];
+    char key[CURVE_KEY_CHARS + 1]; // of the hub, where the endpoint brought it along
     uint8_t id[LINK_ID_BYTES];
     struct link_limits limits;
     void *monitor; // tells when the connection is made and cut
@@ -845,6 +863,7 @@ static enum err line_open_sockets(struct link_line *line)
     if (!pump->socket || !line->monitor)
         return err_set(ERR_IO, "no ZeroMQ socket: %s", zmq_strerror(zmq_errno()));
     TRY(socket_set_up(pump->socket, line->limits));
+    TRY(curve_guard_line(pump->socket, line->endpoint, line->key));
     if (zmq_setsockopt(pump->socket, ZMQ_ROUTING_ID, line->id, LINK_ID_BYTES) ||
         zmq_socket_monitor(pump->socket, name,
                            ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED) ||
@@ -892,6 +911,11 @@ enum err link_line_create(uv_loop_t *loop, const char *endpoint, enum wire_role 
     if ((size_t)snprintf(line->endpoint, sizeof(line->endpoint), "%s", endpoint) >=
         sizeof(line->endpoint))
         e = err_set(ERR_INVALID, "endpoint longer than %zu bytes", sizeof(line->endpoint) - 1);
+    char *mark = strstr(line->endpoint, KEY_MARK);
+    if (mark) {
+        snprintf(line->key, sizeof(line->key), "%s", mark + strlen(KEY_MARK));
+        *mark = 0;
+    }
     if (e == ERR_OK)
         e = line_begin(line);
     if (e != ERR_OK) {

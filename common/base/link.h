@@ -39,7 +39,8 @@ typedef void link_hub_fn(void *user, uint64_t peer, enum link_event event, const
                          const char *text);
 
 /* endpoint: "tcp://127.0.0.1:0" and "ipc://path" work; a wildcard port is resolved, see
- * link_hub_endpoint. ipc sockets are created 0600 and stale ones replaced. ERR_IO names it. */
+ * link_hub_endpoint, which with keys (curve.h) also tells the public one. ipc sockets are created
+ * 0600 and stale ones replaced. ERR_IO names it; ERR_INVALID where keys are missing. */
 MUST_CHECK enum err link_hub_create(uv_loop_t *loop, const char *endpoint,
                                     struct link_limits limits, link_hub_fn *fn, void *user,
                                     struct link_hub **ret);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "common/base/clock.h"
+#include "common/base/curve.h"
 #include "common/base/failpoint.h"
 #include "common/base/hash.h"
 #include "common/base/log.h"
@@ -43,7 +44,10 @@ enum err setup_process(enum config_proc proc, const char *default_name, int argc
         }
     }
     config_log(proc, ret);
-    return ERR_OK;
+    err = curve_load(ret->curve_key_file, ret->curve_allow_file, ret->insecure_tcp);
+    if (err != ERR_OK)
+        log_error("start", "%s", err_text(err));
+    return err;
 }
 
 static void on_progress(void *user, uint64_t done, uint64_t total)
