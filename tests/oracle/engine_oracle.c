@@ -69,6 +69,7 @@ static bool on_cpu;
 static struct weights *weights;
 static struct kv_pool *pool;
 static struct engine *engine;
+static struct device *device;
 static size_t pool_bytes;
 static float *logits; /* [V] */
 static struct tally tally;
@@ -519,33 +520,26 @@ static void drafts_of_drafts(int which)
 
 /* ---- main ------------------------------------------------------------------------------------ */
 
-static void *device_memory(size_t bytes)
+static void engine_open(const char *dir, const char *device_name)
 {
-    void *p = NULL;
-#ifdef BATON_CUDA
-    REQUIRE(cudaMalloc(&p, bytes) == cudaSuccess);
-#endif
-    return p;
-}
-
-static void engine_open(const char *dir, const char *device)
-{
+    CHECK_OK(device_open(device_name, &device));
     struct model_config model;
     CHECK_OK(model_config_load(dir, &model));
-    CHECK_OK(weights_load(dir, &model, 8, NULL, NULL, &weights));
+    struct weights_source source = {.dir = dir, .n_threads = 8, .device = device};
+    CHECK_OK(weights_open(&model, &source, &weights));
     REQUIRE(weights && model.n_mtp_layers == 1);
     struct kv_pool_config p = {.n_pages = (uint32_t)n_pages,
                                .n_layers = (uint32_t)(model.n_layers + model.n_mtp_layers),
                                .kv_width = KV_WIDTH,
-                               .dtype_bytes = on_cpu ? 4 : 2};
+                               .dtype_bytes = on_cpu ? 4 : 2,
+                               .device = device};
     pool_bytes = (size_t)p.n_pages * p.n_layers * KV_PAGE_TOKENS * KV_WIDTH * p.dtype_bytes;
-    if (!on_cpu)
-        p.device_memory = device_memory(pool_bytes);
     struct engine_config e = {.device = device,
                               .max_rows = MAX_ROWS,
                               .max_seqs = MAX_SEQS,
                               .max_logits = MAX_LOGITS,
-                              .max_ctx = seq_pages * KV_PAGE_TOKENS};
+                              .max_ctx = seq_pages * KV_PAGE_TOKENS,
+                              .max_graph_rows = 512};
     CHECK_OK(kv_pool_create(&p, &pool));
     REQUIRE(pool);
     CHECK_OK(engine_create(&e, weights, pool, &engine));
@@ -562,10 +556,10 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: engine_oracle CHECKPOINT_DIR REFERENCE_DIR [cpu | cuda:N]\n");
         return 2;
     }
-    const char *device = argc > 3 ? argv[3] : "cuda:0";
-    on_cpu = !strcmp(device, "cpu");
+    const char *device_name = argc > 3 ? argv[3] : "cuda:0";
+    on_cpu = !strcmp(device_name, "cpu");
     reference_open(argv[2]);
-    engine_open(argv[1], device);
+    engine_open(argv[1], device_name);
     table_head();
     prefills();
     chunks(1, CHUNK);
@@ -584,14 +578,9 @@ int main(int argc, char **argv)
     drafts_of_drafts(0);
     drafts_of_drafts(1);
     CHECK_INT(n_failed, 0);
-    void *memory = on_cpu ? NULL : kv_pool_base(pool);
     engine_destroy(engine);
     kv_pool_destroy(pool);
     weights_destroy(weights);
-#ifdef BATON_CUDA
-    cudaFree(memory);
-#else
-    (void)memory;
-#endif
+    device_destroy(device);
     return check_done();
 }
