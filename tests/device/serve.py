@@ -3,6 +3,8 @@
   serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4; handoff on one
                                          GPU or, given two, from the first to the second
   serve.py flash PREFIX [devices, flags] full size, dummy weights: 512 requests of 300 + 200 tokens
+  serve.py bench PREFIX [devices, workloads, flags]
+                                         full size, dummy weights: baton bench's workloads by name
 Only the standard library, since such a machine may have no more.
 """
 
@@ -13,6 +15,7 @@ import os
 import pathlib
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -176,8 +179,36 @@ def flash(devices, flags):
         cluster.process.wait(30)
 
 
+def bench(devices, rest):
+    workloads = [a for a in rest if a in ("burst", "high-conc", "moderate", "steady")]
+    flags = [a for a in rest if a not in workloads]
+    cluster = Cluster("--model-dir", flash_dir(), "--load-format", "dummy", "--served-model-name", "flash",
+                      "--running-max-req-size", 512, "--max-req-total-len", 8192,
+                      *flags, topology=spread(devices, (
+                          {"max_total_token_num": 32768, "chunked_prefill_size": 4096},
+                          {"mem_fraction": 0.94})))
+    failed = 0
+    try:
+        cluster.ready(120)
+        for workload in workloads:
+            report = pathlib.Path(os.environ.get("OUT", cluster.dir)) / f"{workload}.json"
+            more = {"moderate": ["--num-prompts", "300"], "steady": ["--num-prompts", "150"]}.get(workload, [])
+            failed += subprocess.run([prefix / "baton-bench", "--url", cluster.url, "--workload", workload,
+                                      "--vocab-size", "2900", "--num-warmups", "64", "--json", report,
+                                      *more]).returncode
+            for line in cluster.get("/metrics")[2].splitlines():
+                if line.startswith(("baton_step", "baton_handoff", "vllm:spec_decode_num")) and "per_pos" not in line:
+                    print("  ", line)
+    finally:
+        if failed:
+            print(cluster.log()[-6000:])
+        cluster.process.terminate()
+        cluster.process.wait(30)
+    return failed
+
+
 if __name__ == "__main__":
     rest = sys.argv[3:]
     on = [a for a in rest if a == "cpu" or a.startswith("cuda:")] or ["cuda:0"]
     others = [a for a in rest if a not in on]
-    sys.exit((demo if sys.argv[1] == "demo" else flash)(on, others) > 0)
+    sys.exit({"demo": demo, "flash": flash, "bench": bench}[sys.argv[1]](on, others) > 0)
