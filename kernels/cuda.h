@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/kernels.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -169,39 +171,10 @@ cudaError_t cu_mtp_input(const struct cu_mtp_input_args *a, cudaStream_t stream)
 cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, int n, int H,
                            cudaStream_t stream);
 
-/* id[i] = largest of logits[i, 0..n_valid), lowest index wins ties. Row stride V. */
-cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid,
-                      cudaStream_t stream);
-
 /* Dummy weights: value k = scale * uniform(stream, k) as common/engine/weights.c defines it, or 1
  * where scale is 0. bf16 values are truncated. */
 cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,
                     cudaStream_t stream);
-
-/* ---- draws (kernels/sample.cu) ---- */
-
-#define CU_SAMPLE_BANNED 32
-
-/* struct sample_row of kernels.h without penalties. least: log of min_p, -inf without. */
-struct cu_sample_row {
-    uint64_t seed;
-    int32_t logits_row;
-    int32_t position;
-    float temperature, top_p, least;
-    int32_t top_k, n_logprobs;
-    int32_t n_banned;
-    int32_t banned[CU_SAMPLE_BANNED];
-};
-struct cu_sample_args {
-    const float *logits;              // [*, V]
-    const struct cu_sample_row *rows; // [n]
-    int32_t *id;                      // [n]; -1: not drawn, sample_ref has to
-    float *logprob;                   // [n] log softmax of the logits, where n_logprobs >= 0
-    int32_t *top_id;                  // [n, max_top] the n_logprobs best
-    float *top_logprob;               // [n, max_top]
-    int n, V, n_valid, max_top;       // V a multiple of 4
-};
-cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream);
 
 /* sums[i] = hash_sum64 of the page_bytes (a multiple of 16) at base + pages[i] * page_bytes. */
 cudaError_t cu_page_sums(const void *base, uint64_t page_bytes, const uint32_t *pages, int n,
@@ -218,6 +191,54 @@ struct cu_gather_kv_args {
     int S, T_kv, heads, max_pages, n_layers, layer;
 };
 cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream);
+
+/* ---- draws (kernels/sample.cu) ---- */
+
+/* id[i] = largest of logits[i, 0..n_valid), lowest index wins ties. Row stride V. */
+cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid,
+                      cudaStream_t stream);
+
+/* sample_ref on the device: the same ids and the same log-probabilities from the same logits. A
+ * row's result depends on nothing but the row.
+ *
+ * Everything that a row names lives on the device, so a step uploads at most the rows themselves.
+ * output_count and in_prompt are a stream's own arrays: cu_count_start makes them when a stream
+ * with penalties joins, cu_count_tokens moves them on. V at most 2^19 and what fits shared memory
+ * (445,000). */
+#define CU_SAMPLE_MAX_TOP 20
+struct cu_sample_args {
+    const float *logits;           // [*, V]
+    const int32_t *logit_row;      // [T] which row of logits, or NULL: row t
+    const struct sample_row *rows; // [T] on the device, and so are the arrays they point to
+    const int32_t *n_rows_dev;     // how many of the T rows are real, or NULL: all
+    int32_t *id;                   // [T]
+    float *logprob;                // [T] or NULL: none for any row
+    int32_t *top_id;               // [T, max_top], or NULL
+    float *top_logprob;            // [T, max_top], or NULL
+    int T, V, n_valid, max_top;    // max_top <= CU_SAMPLE_MAX_TOP
+    int greedy; // promise about all rows: temperature 0, no mask, bias, bans, penalties, logprobs;
+                // then rows is not read and may be NULL
+};
+cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream);
+
+/* Starts a stream's arrays: in_prompt[id] = 1 for the first n_prompt ids, output_count[id] = how
+ * often it is among the other n_ids - n_prompt; 0 elsewhere. Ids outside [0, V) are left out. */
+struct cu_count_start_args {
+    const int32_t *ids;    // [n_ids]
+    int32_t *output_count; // [V]
+    uint8_t *in_prompt;    // [V]
+    int n_ids, n_prompt, V;
+};
+cudaError_t cu_count_start(const struct cu_count_start_args *a, cudaStream_t stream);
+
+/* output_count[i][token[i]] += by for every i that has an array and a token >= 0. by = -1 takes
+ * refuted drafts back. */
+struct cu_count_tokens_args {
+    const int32_t *token;         // [n]
+    int32_t *const *output_count; // [n] device pointers, NULL: the stream has no penalties
+    int n, by;
+};
+cudaError_t cu_count_tokens(const struct cu_count_tokens_args *a, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

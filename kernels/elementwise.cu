@@ -211,44 +211,6 @@ __global__ void __launch_bounds__(THREADS) mtp_input_kernel(cu_mtp_input_args a)
         out[i] = __float2bfloat16(__bfloat162float(x[i]) * scale * __bfloat162float(w[i]));
 }
 
-/* Largest value, lowest index among equals, over a row of fp32 logits. */
-__global__ void __launch_bounds__(1024) argmax_kernel(const float *logits, int32_t *id, int V, int n_valid)
-{
-    const float *x = logits + (int64_t)blockIdx.x * V;
-    float best = -INFINITY;
-    int at = n_valid;
-    for (int i = threadIdx.x; i < n_valid; i += blockDim.x) {
-        float v = x[i];
-        if (v > best || (v == best && i < at)) {
-            best = v;
-            at = i;
-        }
-    }
-    __shared__ float bests[32];
-    __shared__ int ats[32];
-    for (int o = 16; o; o >>= 1) {
-        float v = __shfl_xor_sync(~0u, best, o);
-        int i = __shfl_xor_sync(~0u, at, o);
-        if (v > best || (v == best && i < at)) {
-            best = v;
-            at = i;
-        }
-    }
-    if (threadIdx.x % 32 == 0) {
-        bests[threadIdx.x / 32] = best;
-        ats[threadIdx.x / 32] = at;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (unsigned w = 1; w < blockDim.x / 32; w++)
-            if (bests[w] > best || (bests[w] == best && ats[w] < at)) {
-                best = bests[w];
-                at = ats[w];
-            }
-        id[blockIdx.x] = at < n_valid ? at : 0;
-    }
-}
-
 /* A block per packed slot: the latent, and the key once per head. */
 __global__ void gather_kv_kernel(cu_gather_kv_args a)
 {
@@ -347,13 +309,6 @@ cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, i
         return cudaErrorInvalidValue;
     if (n > 0)
         gather_kernel<<<n, THREADS, 0, stream>>>((const Bf8 *)x, row, (Bf8 *)out, H / 8);
-    return cudaGetLastError();
-}
-
-cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid, cudaStream_t stream)
-{
-    if (n > 0)
-        argmax_kernel<<<n, 1024, 0, stream>>>(logits, id, V, n_valid);
     return cudaGetLastError();
 }
 

@@ -7,8 +7,10 @@
  *
  * The noise of id i is lane i % 4 of Philox(seed; position, i / 4): u = (x + 0.5) / 2^32,
  * g = -log(-log u) in double precision (u rounds to 1 in fp32). It does not depend on what
- * survived, so only survivors need it; and most of them cannot win, which two cheap bounds show: g
- * <= 22.2 for the largest u;   g <= -log(1 - u), since -log u >= 1 - u.
+ * survived, so only survivors need it; and most of them cannot win, which two cheap bounds show.
+ *
+ * Mass is counted in integers (sample_math.h), so top-p's border does not depend on the order of
+ * the sum: sample.cu finds the same one.
  */
 #include "kernels/kernels.h"
 
@@ -28,7 +30,7 @@ struct candidate {
 static void items(void *arg, int64_t begin, int64_t end);
 static void draw(const struct sample_args *a, int t, struct candidate *list);
 static int gather(const struct sample_args *a, int t, struct candidate *list);
-static int keep_best(struct candidate *list, int n, int k, double p);
+static int keep_best(struct candidate *list, int n, int k, float p);
 static int32_t gumbel_max(const struct candidate *list, int n, const struct sample_row *row);
 static void logprobs(const struct sample_args *a, int t);
 
@@ -72,11 +74,11 @@ static void draw(const struct sample_args *a, int t, struct candidate *list)
     for (int i = 0; i < n; i++) // relative to the best, so that nothing overflows
         list[i].z = fmaxf((list[i].z - top) / row->temperature, -FLT_MAX);
     if (row->top_k > 0 && row->top_k < n)
-        n = keep_best(list, n, row->top_k, 2.0);
+        n = keep_best(list, n, row->top_k, 1);
     if (row->top_p < 1.0f)
         n = keep_best(list, n, n, row->top_p);
     if (row->min_p > 0) {
-        float least = logf(fminf(row->min_p, 1.0f));
+        float least = sample_least(row->min_p);
         int kept = 0;
         for (int i = 0; i < n; i++)
             if (list[i].z >= least)
@@ -100,12 +102,10 @@ static int gather(const struct sample_args *a, int t, struct candidate *list)
         if (row->bias_id[i] >= 0 && row->bias_id[i] < a->n_valid)
             list[row->bias_id[i]].z += row->bias_value[i];
     for (int32_t id = 0; id < a->n_valid; id++) {
-        float z = list[id].z;
         int32_t count = row->output_count ? row->output_count[id] : 0;
-        if (repetition && (count > 0 || (row->in_prompt && row->in_prompt[id])))
-            z = z > 0 ? z / row->repetition : z * row->repetition;
-        if (count > 0)
-            z -= row->frequency * (float)count + row->presence;
+        bool seen = repetition && (count > 0 || (row->in_prompt && row->in_prompt[id]));
+        float z = sample_penalise(list[id].z, count, seen, row->repetition, row->frequency,
+                                  row->presence);
         bool may = z == z && (!row->allowed || row->allowed[id / 32] >> (id % 32) & 1);
         list[n] = (struct candidate){fminf(fmaxf(z, -FLT_MAX), FLT_MAX), id};
         n += may;
@@ -149,24 +149,29 @@ static void sort(struct candidate *list, int n)
     }
 }
 
+static int bucket(float z)
+{
+    return z > -(float)(SAMPLE_N_BUCKETS - 1) / SAMPLE_PER_UNIT ? (int)(z * -SAMPLE_PER_UNIT)
+                                                                : SAMPLE_N_BUCKETS - 1;
+}
+
 /* Keeps the best k candidates, or fewer if those hold the share p of the list's mass (the one that
  * reaches it included). Values are relative to the largest, 0. Returns how many. */
-static int keep_best(struct candidate *list, int n, int k, double p)
+static int keep_best(struct candidate *list, int n, int k, float p)
 {
-    uint64_t mass[SAMPLE_BUCKETS] = {0}, total = 0, sum = 0;
-    int count[SAMPLE_BUCKETS] = {0};
+    uint64_t mass[SAMPLE_N_BUCKETS] = {0}, total = 0;
+    int count[SAMPLE_N_BUCKETS] = {0};
     for (int i = 0; i < n; i++) {
-        int b = sample_bucket(list[i].z);
+        int b = bucket(list[i].z);
         count[b]++;
-        if (p <= 1)
-            mass[b] += sample_mass(list[i].z);
+        if (p < 1)
+            mass[b] += sample_weight(list[i].z);
     }
-    for (int b = 0; b < SAMPLE_BUCKETS; b++)
+    for (int b = 0; b < SAMPLE_N_BUCKETS; b++)
         total += mass[b];
-    double want = p <= 1 ? p * (double)total : INFINITY;
+    uint64_t want = p < 1 ? sample_share(p, total) : UINT64_MAX, sum = 0;
     int border = 0, kept = 0;
-    while (border < SAMPLE_BUCKETS - 1 && kept + count[border] < k &&
-           (double)(sum + mass[border]) < want) {
+    while (border < SAMPLE_N_BUCKETS - 1 && kept + count[border] < k && sum + mass[border] < want) {
         kept += count[border];
         sum += mass[border];
         border++;
@@ -174,22 +179,22 @@ static int keep_best(struct candidate *list, int n, int k, double p)
     // The kept ones go to the front, the border's behind them; only those are sorted.
     int at = 0;
     for (int i = 0; i < n; i++)
-        if (sample_bucket(list[i].z) < border) {
+        if (bucket(list[i].z) < border) {
             struct candidate c = list[i];
             list[i] = list[at];
             list[at++] = c;
         }
     int end = at;
     for (int i = at; i < n; i++)
-        if (sample_bucket(list[i].z) == border) {
+        if (bucket(list[i].z) == border) {
             struct candidate c = list[i];
             list[i] = list[end];
             list[end++] = c;
         }
     sort(list + at, end - at);
-    while (at < end && at < k && (double)sum < want)
-        sum += p <= 1 ? sample_mass(list[at].z) : 0, at++;
-    return at > 0 ? at : 1;
+    while (at < end && at < k && sum < want)
+        sum += p < 1 ? sample_weight(list[at].z) : 0, at++;
+    return at;
 }
 
 static int32_t gumbel_max(const struct candidate *list, int n, const struct sample_row *row)
@@ -207,15 +212,13 @@ static int32_t gumbel_max(const struct candidate *list, int n, const struct samp
             continue;
         if (c.id / 4 != block) {
             block = c.id / 4;
-            philox4x32((const uint32_t[4]){(uint32_t)row->position, (uint32_t)block, 0, 0}, key,
-                       noise);
+            sample_philox((const uint32_t[4]){(uint32_t)row->position, (uint32_t)block, 0, 0}, key,
+                          noise);
         }
         uint32_t x = noise[c.id % 4];
-        // 1 - u >= 2^-(leading zeros of ~x + 1), hence this bound on -log(1 - u).
-        int zeros = ~x ? __builtin_clz(~x) : 32;
-        if (c.z + (zeros + 1) * 0.69314719 < best)
+        if (c.z + sample_noise_bound(x) < best)
             continue;
-        double score = c.z - log(-log(((double)x + 0.5) * 0x1p-32));
+        double score = c.z + sample_noise(x);
         if (score > best || (score == best && c.id < id)) {
             best = score;
             id = c.id;
@@ -237,10 +240,10 @@ static void logprobs(const struct sample_args *a, int t)
     float max = -INFINITY;
     for (int i = 0; i < a->n_valid; i++)
         max = logits[i] > max ? logits[i] : max;
-    double sum = 0;
+    uint64_t sum = 0;
     for (int i = 0; i < a->n_valid; i++)
-        sum += expf(logits[i] - max);
-    double norm = max + log(sum);
+        sum += sample_weight(logits[i] - max);
+    double norm = max + sample_log((double)sum * 0x1p-44);
     a->logprob[t] = (float)(logits[a->id[t]] - norm);
     if (!a->top_id || !a->top_logprob || a->max_top == 0)
         return;
@@ -254,7 +257,7 @@ static void logprobs(const struct sample_args *a, int t)
     n_top = n_top < a->max_top ? n_top : a->max_top;
     int n = 0;
     for (int32_t i = 0; i < a->n_valid; i++) {
-        if (n_top == 0 || (n == n_top && !(logits[i] > value[n - 1])))
+        if (n_top == 0 || !(logits[i] == logits[i]) || (n == n_top && !(logits[i] > value[n - 1])))
             continue;
         int at = n < n_top ? n++ : n - 1;
         for (; at > 0 && logits[i] > value[at - 1]; at--) {
@@ -270,14 +273,5 @@ static void logprobs(const struct sample_args *a, int t)
 
 void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t ret[4])
 {
-    uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]}, k0 = key[0], k1 = key[1];
-    for (int i = 0; i < 10; i++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ k0, (uint32_t)b,
-                            (uint32_t)(a >> 32) ^ c[3] ^ k1, (uint32_t)a};
-        memcpy(c, next, sizeof(c));
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    memcpy(ret, c, sizeof(c));
+    sample_philox(counter, key, ret);
 }

@@ -16,7 +16,6 @@
 
 #include <cublas_v2.h>
 #include <inttypes.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,7 +29,7 @@
 #define SHORT_ROWS    16 /* sequences with fewer rows are never worth expanding keys for */
 #define WORKSPACE     (32u << 20)
 #define MAX_GRAPHS    256
-#define MAX_TOP       20             /* best ids told with a draw */
+#define DRAW_BYTES    (16u << 20) /* rows of a draw and what they point to; one row always fits */
 #define GRAPH_BYTES   (512ull << 20) /* kept free for them */
 #define LIBRARY_BYTES (256ull << 20) /* kept free for code that the libraries load later */
 
@@ -59,7 +58,6 @@ struct engine_cuda {
     cublasHandle_t blas;
     cu_bf16 *pool;
     int max_pages; // of one sequence
-    struct par *par;
 
     const char *arena; // the weights
     char *memory;
@@ -85,16 +83,9 @@ struct engine_cuda {
     int32_t *token, *position, *slot_page, *slot_row, *logit_row, *block_table, *n_ctx, *q_start,
         *kv_start, *source, *idx;
     /* draws */
-    struct cu_sample_row *draws, *dev_draws; // [max_logits]
-    int *draw_of;                            // [max_logits] which of the caller's rows
-    float *logprob, *top_logprob;            // [max_logits], [max_logits, MAX_TOP]
-    int32_t *top_id;                         // [max_logits, MAX_TOP]
-    struct drawn {
-        int32_t *id, *top_id;
-        float *logprob, *top_logprob;
-    } drawn[1];         // pinned, as on the device
-    char *host_draws;   // pinned, all of the above
-    float *host_logits; // pinned, [3, V]: a row, and sample_ref's work
+    char *draw_host, *draw_dev;   // pinned, device: see draw_pack
+    float *logprob, *top_logprob; // [max_logits], [max_logits, CU_SAMPLE_MAX_TOP]
+    int32_t *top_id;              // [max_logits, CU_SAMPLE_MAX_TOP]
     struct graph graphs[MAX_GRAPHS];
     uint64_t n_passes;
 };
@@ -159,10 +150,10 @@ static size_t parts(struct engine_cuda *c, char *base)
         {&c->token_slot, slots * 4},
         {&c->expert_start, (E + 2) * 4},
         {&c->ids, L * 4},
-        {&c->dev_draws, L * sizeof(struct cu_sample_row)},
+        {&c->draw_dev, DRAW_BYTES},
         {&c->logprob, L * 4},
-        {&c->top_id, L * MAX_TOP * 4},
-        {&c->top_logprob, L * MAX_TOP * 4},
+        {&c->top_id, L * CU_SAMPLE_MAX_TOP * 4},
+        {&c->top_logprob, L * CU_SAMPLE_MAX_TOP * 4},
         {&c->route_work, cu_route_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->moe_work, cu_moe_work_bytes(g->max_rows, m->n_experts, m->n_experts_per_token)},
         {&c->blas_work, WORKSPACE},
@@ -219,31 +210,6 @@ static size_t block_values(struct engine_cuda *c)
                         .max_ctx = c->max_pages * KV_PAGE_TOKENS});
 }
 
-/* Cuts the pinned memory of draws, as parts() does. */
-static size_t draw_parts(struct engine_cuda *c, char *base)
-{
-    size_t L = (size_t)c->base.config.max_logits, at = 0;
-    const struct {
-        void *to;
-        size_t bytes;
-    } list[] = {
-        {&c->draws, L * sizeof(struct cu_sample_row)},
-        {&c->draw_of, L * 4},
-        {&c->drawn->id, L * 4},
-        {&c->drawn->logprob, L * 4},
-        {&c->drawn->top_id, L * MAX_TOP * 4},
-        {&c->drawn->top_logprob, L * MAX_TOP * 4},
-    };
-    for (size_t i = 0; i < ARRAY_LEN(list); i++) {
-        if (base) {
-            void *p = base + at;
-            memcpy(list[i].to, &p, sizeof(p));
-        }
-        at += (list[i].bytes + ALIGN - 1) / ALIGN * ALIGN;
-    }
-    return at;
-}
-
 static int32_t *on_device(const struct engine_cuda *c, const int32_t *host)
 {
     return c->dev + (host - c->host);
@@ -268,11 +234,9 @@ static void cuda_destroy(struct engine *e)
     cudaFree(c->memory);
     cudaFree(c->dev);
     cudaFreeHost(c->host);
-    cudaFreeHost(c->host_logits);
-    cudaFreeHost(c->host_draws);
+    cudaFreeHost(c->draw_host);
     if (c->stream)
         cudaStreamDestroy(c->stream);
-    par_destroy(c->par);
     free(c);
 }
 
@@ -298,9 +262,7 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMemset(c->mla_work, 0, mla_work_bytes(c)));
     CUDA(cudaMallocHost((void **)&c->host, host_bytes));
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
-    CUDA(cudaMallocHost((void **)&c->host_logits, 3 * (size_t)c->base.m->vocab * sizeof(float)));
-    CUDA(cudaMallocHost((void **)&c->host_draws, draw_parts(c, NULL)));
-    draw_parts(c, c->host_draws);
+    CUDA(cudaMallocHost((void **)&c->draw_host, DRAW_BYTES));
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     BLAS(cublasCreate(&c->blas));
     BLAS(cublasSetStream(c->blas, c->stream));
@@ -803,104 +765,123 @@ static enum err cuda_draft(struct engine *e, const struct batch *b, const struct
     return ERR_OK;
 }
 
-/* Rows that need arrays of the vocabulary's size are drawn on the host. */
-static bool device_draws(const struct sample_row *r)
+/* ---- draws ----------------------------------------------------------------------------------- */
+
+static bool is_plain_greedy(const struct sample_row *r)
 {
-    return !r->output_count && !r->in_prompt && r->n_banned <= CU_SAMPLE_BANNED;
+    return !(r->temperature > 0) && !r->n_banned && !r->n_bias && !r->allowed && !r->output_count &&
+           !r->in_prompt && r->n_logprobs < 0;
 }
 
-static struct cu_sample_row device_row(const struct sample_row *r, int32_t idx)
+/* Where the arrays of a draw go: one block of pinned memory and its twin on the device. */
+struct draw_block {
+    size_t used; // bytes
+    bool full;
+};
+
+/* Puts n bytes into the block; returns their place on the device. */
+static const void *draw_put(struct engine_cuda *c, struct draw_block *b, const void *from, size_t n)
 {
-    struct cu_sample_row d = {
-        .seed = r->seed,
-        .logits_row = idx,
-        .position = r->position,
-        .temperature = r->temperature,
-        .top_p = r->top_p,
-        .least = r->min_p > 0 ? logf(fminf(r->min_p, 1)) : -INFINITY,
-        .top_k = r->top_k,
-        .n_logprobs = r->n_logprobs,
-        .n_banned = r->n_banned,
-    };
-    memcpy(d.banned, r->banned, sizeof(int32_t) * (size_t)r->n_banned);
-    return d;
+    if (!from || n == 0)
+        return NULL;
+    if (b->used + n > DRAW_BYTES) {
+        b->full = true;
+        return NULL;
+    }
+    const void *place = c->draw_dev + b->used;
+    memcpy(c->draw_host + b->used, from, n);
+    b->used += (n + 15) / 16 * 16;
+    return place;
 }
 
-/* One draw with the reference, of logits row idx. */
-static enum err host_draw(struct engine_cuda *c, int32_t idx, const struct sample_row *row,
-                          int max_top, int32_t *ret_id, float *ret_logprob, int32_t *ret_top_id,
-                          float *ret_top_logprob)
+/* As many rows as the block holds, with what they point to; at least one fits. Rows of one stream
+ * name the same lists one after the other: those go over once. Returns the number of rows. */
+static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
+                     const struct sample_row *rows, size_t *ret_bytes)
 {
-    size_t V = (size_t)c->base.m->vocab;
-    CUDA(cudaMemcpyAsync(c->host_logits, c->logits + (size_t)idx * V, V * sizeof(float),
-                         cudaMemcpyDeviceToHost, c->stream));
-    CUDA(cudaStreamSynchronize(c->stream));
-    sample_ref(&(struct sample_args){.logits = c->host_logits,
-                                     .rows = row,
-                                     .id = ret_id,
-                                     .logprob = ret_logprob,
-                                     .top_id = ret_top_id,
-                                     .top_logprob = ret_top_logprob,
-                                     .work = c->host_logits + V,
-                                     .T = 1,
-                                     .V = c->base.m->vocab,
-                                     .n_valid = c->base.m->n_token_ids,
-                                     .max_top = max_top},
-               c->par);
-    return ERR_OK;
+    const size_t V = (size_t)c->base.m->vocab;
+    struct draw_block b = {.used = (size_t)n * (sizeof(*rows) + sizeof(*idx)) + 64};
+    struct sample_row *to = (struct sample_row *)c->draw_host;
+    int32_t *to_idx = (int32_t *)(c->draw_host + (size_t)n * sizeof(*rows));
+    b.used = (b.used + 15) / 16 * 16;
+    int i = 0;
+    for (; i < n; i++) {
+        const struct sample_row *r = &rows[i], *last = i ? &rows[i - 1] : NULL;
+        struct sample_row d = *r;
+        bool same = last && last->banned == r->banned && last->n_banned == r->n_banned;
+        d.banned = same ? to[i - 1].banned
+                        : draw_put(c, &b, r->banned, (size_t)r->n_banned * sizeof(*r->banned));
+        same = last && last->bias_id == r->bias_id && last->n_bias == r->n_bias;
+        d.bias_id = same ? to[i - 1].bias_id
+                         : draw_put(c, &b, r->bias_id, (size_t)r->n_bias * sizeof(*r->bias_id));
+        d.bias_value = same ? to[i - 1].bias_value
+                            : draw_put(c, &b, r->bias_value, (size_t)r->n_bias * sizeof(float));
+        d.allowed = draw_put(c, &b, r->allowed, (V + 31) / 32 * sizeof(*r->allowed));
+        d.output_count = draw_put(c, &b, r->output_count, V * sizeof(*r->output_count));
+        d.in_prompt = draw_put(c, &b, r->in_prompt, V);
+        if (b.full)
+            break;
+        to[i] = d;
+        to_idx[i] = idx[i];
+    }
+    *ret_bytes = b.used;
+    return i;
 }
 
-static enum err device_draw(struct engine_cuda *c, int n, const int32_t *idx,
-                            const struct sample_row *rows, int max_top, int32_t *ret_ids,
-                            float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
+/* Brings the draws of n rows back. */
+static enum err draw_fetch(struct engine_cuda *c, int n, int max_top, int32_t *ret_ids,
+                           float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
 {
     size_t N = (size_t)n, n_top = N * (size_t)max_top;
-    int n_device = 0;
-    for (int i = 0; i < n; i++)
-        if (device_draws(&rows[i])) {
-            c->draw_of[n_device] = i;
-            c->draws[n_device++] = device_row(&rows[i], idx[i]);
-        } else {
-            ret_ids[i] = -1;
-        }
-    N = (size_t)n_device;
-    CUDA(cudaMemcpyAsync(c->dev_draws, c->draws, N * sizeof(c->draws[0]), cudaMemcpyHostToDevice,
-                         c->stream));
-    struct cu_sample_args a = {
-        .logits = c->logits,
-        .rows = c->dev_draws,
-        .id = c->ids,
-        .logprob = c->logprob,
-        .top_id = c->top_id,
-        .top_logprob = c->top_logprob,
-        .n = n_device,
-        .V = c->base.m->vocab,
-        .n_valid = c->base.m->n_token_ids,
-        .max_top = max_top,
-    };
-    CUDA(cu_sample(&a, c->stream));
-    struct drawn *d = c->drawn;
-    CUDA(cudaMemcpyAsync(d->id, c->ids, N * sizeof(int32_t), cudaMemcpyDeviceToHost, c->stream));
-    if (ret_logprob) {
-        CUDA(cudaMemcpyAsync(d->logprob, c->logprob, N * sizeof(float), cudaMemcpyDeviceToHost,
+    CUDA(cudaMemcpyAsync(ret_ids, c->ids, N * sizeof(int32_t), cudaMemcpyDeviceToHost, c->stream));
+    if (ret_logprob)
+        CUDA(cudaMemcpyAsync(ret_logprob, c->logprob, N * sizeof(float), cudaMemcpyDeviceToHost,
                              c->stream));
-        CUDA(cudaMemcpyAsync(d->top_id, c->top_id, n_top * sizeof(int32_t), cudaMemcpyDeviceToHost,
+    if (ret_logprob && n_top) {
+        CUDA(cudaMemcpyAsync(ret_top_id, c->top_id, n_top * sizeof(int32_t), cudaMemcpyDeviceToHost,
                              c->stream));
-        CUDA(cudaMemcpyAsync(d->top_logprob, c->top_logprob, n_top * sizeof(float),
+        CUDA(cudaMemcpyAsync(ret_top_logprob, c->top_logprob, n_top * sizeof(float),
                              cudaMemcpyDeviceToHost, c->stream));
     }
     CUDA(cudaStreamSynchronize(c->stream));
-    for (int j = 0; j < n_device; j++) {
-        int i = c->draw_of[j];
-        ret_ids[i] = d->id[j];
-        if (!ret_logprob)
-            continue;
-        ret_logprob[i] = rows[i].n_logprobs >= 0 ? d->logprob[j] : 0;
-        for (int t = 0; t < MIN(max_top, rows[i].n_logprobs); t++) {
-            ret_top_id[i * max_top + t] = d->top_id[j * max_top + t];
-            ret_top_logprob[i * max_top + t] = d->top_logprob[j * max_top + t];
-        }
+    return ERR_OK;
+}
+
+/* Rows [0, n) of the caller's. */
+static enum err draw_some(struct engine_cuda *c, int n, const int32_t *idx,
+                          const struct sample_row *rows, int max_top, bool logprobs, int *ret_n)
+{
+    bool greedy = true, in_order = true;
+    for (int i = 0; i < n; i++) {
+        greedy &= is_plain_greedy(&rows[i]);
+        in_order &= idx[i] == idx[0] + i;
     }
+    struct cu_sample_args a = {
+        .logits = c->logits,
+        .id = c->ids,
+        .T = n,
+        .V = c->base.m->vocab,
+        .n_valid = c->base.m->n_token_ids,
+        .greedy = greedy,
+    };
+    if (greedy && in_order) {
+        a.logits += (size_t)idx[0] * (size_t)a.V;
+    } else {
+        size_t bytes;
+        int all = n;
+        a.T = draw_pack(c, n, idx, rows, &bytes);
+        CUDA(cudaMemcpyAsync(c->draw_dev, c->draw_host, bytes, cudaMemcpyHostToDevice, c->stream));
+        a.rows = (const struct sample_row *)c->draw_dev;
+        a.logit_row = (const int32_t *)(c->draw_dev + (size_t)all * sizeof(*rows));
+    }
+    if (logprobs && !greedy) {
+        a.max_top = max_top;
+        a.logprob = c->logprob;
+        a.top_id = c->top_id;
+        a.top_logprob = c->top_logprob;
+    }
+    CUDA(cu_sample(&a, c->stream));
+    *ret_n = a.T;
     return ERR_OK;
 }
 
@@ -909,15 +890,15 @@ static enum err cuda_sample(struct engine *e, int n, const int32_t *idx,
                             float *ret_logprob, int32_t *ret_top_id, float *ret_top_logprob)
 {
     struct engine_cuda *c = of(e);
-    if (max_top > MAX_TOP)
-        return err_set(ERR_INVALID, "%d best ids, at most %d are told", max_top, MAX_TOP);
-    TRY(device_draw(c, n, idx, rows, max_top, ret_ids, ret_logprob, ret_top_id, ret_top_logprob));
-    for (int i = 0; i < n; i++)
-        if (ret_ids[i] < 0)
-            TRY(host_draw(c, idx[i], &rows[i], max_top, ret_ids + i,
-                          ret_logprob ? ret_logprob + i : NULL,
-                          ret_top_id ? ret_top_id + i * max_top : NULL,
-                          ret_top_logprob ? ret_top_logprob + i * max_top : NULL));
+    if (max_top > CU_SAMPLE_MAX_TOP)
+        return err_set(ERR_INVALID, "%d best ids, at most %d are told", max_top, CU_SAMPLE_MAX_TOP);
+    for (int at = 0, m = 0; at < n; at += m) {
+        int64_t top = (int64_t)at * max_top;
+        TRY(draw_some(c, n - at, idx + at, rows + at, max_top, ret_logprob != NULL, &m));
+        TRY(draw_fetch(c, m, max_top, ret_ids + at, ret_logprob ? ret_logprob + at : NULL,
+                       ret_top_id ? ret_top_id + top : NULL,
+                       ret_top_logprob ? ret_top_logprob + top : NULL));
+    }
     return ERR_OK;
 }
 
@@ -996,9 +977,6 @@ static enum err cuda_start(struct engine_cuda *c, struct kv_pool *pool)
     c->pool = kv_pool_base(pool);
     size_up(c);
     c->arena = c->base.w->device_arena.base;
-    c->par = par_create(1);
-    if (!c->par)
-        return err_set(ERR_NOMEM, "cannot start a thread");
     return take_memory(c);
 }
 

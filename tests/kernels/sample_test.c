@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "data.h"
+#include "kernels/sample_math.h"
 
 #define MAX_V 5000
 
@@ -28,6 +29,31 @@ static void philox_known_answers(void)
         philox4x32(table[i].counter, table[i].key, got);
         for (int k = 0; k < 4; k++)
             CHECK_INT(got[k], table[i].want[k]);
+    }
+}
+
+static void arithmetic_is_accurate(void)
+{
+    double worst_log = 0, worst_weight = 0;
+    for (int i = 0; i < 100000; i++) {
+        double x = exp(data_float() * 80), near = 1 + data_float() * exp2(-data_below(40));
+        worst_log = fmax(worst_log, fabs(sample_log(x) - log(x)) / fmax(fabs(log(x)), 1));
+        if (near != 1 && near > 0)
+            worst_log = fmax(worst_log, fabs(sample_log(near) / log(near) - 1));
+        float z = (data_float() - 1) * 4;
+        worst_weight = fmax(worst_weight, fabs((double)sample_weight(z) / exp(z) / 0x1p44 - 1));
+    }
+    CHECK_NEAR(worst_log, 0, 1e-15);
+    CHECK_NEAR(worst_weight, 0, 3e-7);
+    CHECK_INT(sample_log(1), 0);
+    CHECK(sample_weight(0) == 1ull << 44);
+    CHECK(sample_weight(-31.5f) == 0 && sample_weight(-FLT_MAX) == 0 && sample_weight(NAN) == 0);
+    CHECK(sample_weight(-30) > 0);
+    uint32_t ends[] = {0, 1, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff};
+    for (int i = 0; i < 100000; i++) {
+        uint32_t x = i < 6 ? ends[i] : data_u32() | (i % 2 ? ~(data_u32() >> data_below(32)) : 0);
+        CHECK(sample_noise(x) <= sample_noise_bound(x));
+        CHECK(sample_noise(x) <= SAMPLE_MAX_NOISE);
     }
 }
 
@@ -501,6 +527,7 @@ static void batches_and_threads_do_not_matter(void)
 int main(void)
 {
     RUN(philox_known_answers);
+    RUN(arithmetic_is_accurate);
     RUN(draws_follow_the_definition);
     RUN(frequencies_are_probabilities);
     RUN(positions_are_independent);
