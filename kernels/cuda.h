@@ -22,7 +22,48 @@ extern "C" {
 
 typedef uint16_t cu_bf16; /* bits of a bfloat16, as in kernels.h */
 
-/* ---- mixture of experts (kernels/moe.cu) ---- */
+/* ---- products of few rows (kernels/dense.cu) ---- */
+
+/* These read weights before the kernels that precede them in the stream have ended: weights must
+ * have been written before those kernels started. A row's results depend on nothing but the row.
+ * T at most CU_DENSE_MAX_T, n_in a multiple of 8. */
+#define CU_DENSE_MAX_T 32
+
+/* y = x w^T. */
+struct cu_dense_args {
+    const cu_bf16 *x; // [T, n_in]
+    const cu_bf16 *w; // [n_out, n_in]
+    void *y;          // [T, n_out], fp32 or bf16
+    int T, n_in, n_out, y_is_f32;
+};
+cudaError_t cu_dense(const struct cu_dense_args *a, cudaStream_t stream);
+
+/* cu_qkv_norm_write (whose q_a is not written here) and q = normed q_a w^T in one launch. */
+struct cu_qkv_args;
+cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 *q, int n_out,
+                         cudaStream_t stream);
+
+/* absorbed[t, h] = [q_nope W_UK[h] | rope(q_rope)], where q[t, h] = [q_nope 192 | q_rope 64]. */
+struct cu_absorb_args {
+    const cu_bf16 *q;        // [T, heads, 256]
+    const cu_bf16 *kv_b;     // [heads, 192 + 256, 512]: W_UK, then W_UV
+    const int32_t *position; // [T]
+    cu_bf16 *absorbed;       // [T, heads, 576]
+    int T, heads;
+    float theta;
+};
+cudaError_t cu_absorb(const struct cu_absorb_args *a, cudaStream_t stream);
+
+/* out[t, h] = W_UV[h] latent[t, h]. */
+struct cu_v_up_args {
+    const cu_bf16 *latent; // [T, heads, 512]
+    const cu_bf16 *kv_b;   // [heads, 192 + 256, 512]
+    cu_bf16 *out;          // [T, heads, 256]
+    int T, heads;
+};
+cudaError_t cu_v_up(const struct cu_v_up_args *a, cudaStream_t stream);
+
+/* ---- mixture of experts (kernels/moe_route.cu, kernels/moe_gemm.cu) ---- */
 
 /* Sorts token-expert pairs by expert and cuts them into tiles, on the device. The shared expert is
  * expert E with every token, weight 1. Slots: sorted position of a pair. */

@@ -21,9 +21,10 @@ namespace hopper {
 /* ---- host: tensor maps ---- */
 
 /* 2D bf16 tensor [rows, cols] with row_stride elements between rows, copied in boxes of box_rows x
- * 64 columns under the 128-byte swizzle. False: the driver has no encoder or refused the shape. */
-static inline bool tensor_map_2d(CUtensorMap *ret, const void *base, uint64_t rows, uint64_t cols,
-                                 uint64_t row_stride, uint32_t box_rows)
+ * box_cols (at most 256 each). False: the driver has no encoder or refused the shape. */
+static inline bool tensor_map_boxes(CUtensorMap *ret, const void *base, uint64_t rows,
+                                    uint64_t cols, uint64_t row_stride, uint32_t box_rows,
+                                    uint32_t box_cols, CUtensorMapSwizzle swizzle)
 {
     typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                                   const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -41,11 +42,18 @@ static inline bool tensor_map_2d(CUtensorMap *ret, const void *base, uint64_t ro
     if (!encode)
         return false;
     cuuint64_t dims[2] = {cols, rows}, strides[1] = {row_stride * 2};
-    cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
+    cuuint32_t box[2] = {box_cols, box_rows}, steps[2] = {1, 1};
     return encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)base, dims, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* The same in boxes of 64 columns under the 128-byte swizzle. */
+static inline bool tensor_map_2d(CUtensorMap *ret, const void *base, uint64_t rows, uint64_t cols,
+                                 uint64_t row_stride, uint32_t box_rows)
+{
+    return tensor_map_boxes(ret, base, rows, cols, row_stride, box_rows, 64,
+                            CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 /* ---- shared memory, barriers ---- */
@@ -173,6 +181,20 @@ __device__ __forceinline__ void tma_load_2d(uint32_t dst, const CUtensorMap *map
                  ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(col), "r"(row), "l"(policy)
                  : "memory");
+}
+
+/* The box's bytes into L2 only. */
+__device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap *map, int col, int row)
+{
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
+                 "r"(col), "r"(row)
+                 : "memory");
+}
+
+/* bytes (a multiple of 16) at p into L2. */
+__device__ __forceinline__ void bulk_prefetch(const void *p, uint32_t bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src)

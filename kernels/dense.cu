@@ -1,0 +1,568 @@
+/* dense.cu: matrix products of at most 32 rows, bound by reading the weights.
+ *
+ * Weights take the 16-row side of m16n8k16 products, x the narrow one. A block owns some rows of w
+ * and all their columns, so no sum crosses blocks: one producer thread streams the rows through a
+ * ring of shared-memory stages (256 columns each) and eight warps take 32 columns of every stage,
+ * then add up their sums in a fixed order. Tiles have as many rows (at most 16) as divide the output
+ * evenly over the multiprocessors. A row's sum has the same order whatever T is.
+ *
+ * Both operands are read 16 bytes a thread, eight neighbouring columns, where the product wants
+ * pairs eight apart: the same columns of w and x meet, and which come first does not matter to the
+ * sum's definition.
+ *
+ * Blocks leave half of a multiprocessor's shared memory free, so the next such kernel of the stream
+ * moves in while this one still runs (launch.cuh) and fills its ring, and L2, with its weights: only
+ * x waits for the kernel before. That, not the loop, is what counts at batch 1, where a product
+ * reads 4 to 21 MB in 1 to 7 us.
+ */
+#include "kernels/cuda.h"
+#include "kernels/hopper.cuh"
+#include "kernels/launch.cuh"
+
+using namespace hopper;
+
+#define TILE_ROWS    16
+#define STAGE_COLS   256
+#define ROW_BYTES    (STAGE_COLS * 2)
+#define WARPS        8 /* consumers; the producer is one more */
+#define THREADS      (WARPS * 32 + 32)
+#define MAX_STAGES   32
+#define SMEM_BYTES   (104 * 1024) /* two blocks fit a multiprocessor */
+#define AHEAD_STAGES 16           /* of weights into L2, beyond the ring */
+#define RED_PITCH    20           /* floats per token: 16 rows, spread over the banks */
+
+#define NOPE      192
+#define ROPE      64
+#define LATENT    512
+#define HEAD_Q    (NOPE + ROPE)
+#define HEAD_V    256
+#define HEAD_KV   (LATENT + ROPE)
+#define HEAD_ROWS (NOPE + HEAD_V) /* of kv_b */
+
+namespace {
+
+/* Tiles are numbered through heads; w_rows etc. step from head to head. */
+struct product {
+    const cu_bf16 *x;
+    void *y;
+    int T, n_in, n_steps; // stages per tile
+    int tile_rows, tiles_per_head, n_tiles, tiles_per_block, n_blocks, n_stages;
+    int head_out; // outputs per head
+    int w_rows;   // rows of w from head to head
+    int x_row, x_head, y_row, y_head;
+};
+
+template <int N> struct red { // sums of the eight warps on their way together, two tiles
+    static constexpr int WARP_FLOATS = N * 8 * RED_PITCH;
+    static constexpr int BYTES = 2 * WARPS * WARP_FLOATS * 4;
+};
+
+struct ring {
+    uint32_t base, full, empty; // shared addresses
+    int stage, n_stages, stage_bytes;
+    uint32_t parity;
+};
+
+__device__ __forceinline__ void ring_step(ring *r)
+{
+    if (++r->stage == r->n_stages) {
+        r->stage = 0;
+        r->parity ^= 1;
+    }
+}
+
+__device__ __forceinline__ uint4 shared_16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ void product_16x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t v)
+{
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+}
+
+__device__ __forceinline__ uint32_t pack(float lo, float hi)
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *(uint32_t *)&v;
+}
+
+__device__ __forceinline__ float warp_sum(float v)
+{
+#pragma unroll
+    for (int o = 16; o; o >>= 1)
+        v += __shfl_xor_sync(~0u, v, o);
+    return v;
+}
+
+__device__ __forceinline__ float squares(uint4 v)
+{
+    float2 a = unpack(v.x), b = unpack(v.y), c = unpack(v.z), d = unpack(v.w);
+    return a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x +
+           d.y * d.y;
+}
+
+__device__ __forceinline__ uint32_t normed(uint32_t v, float scale, uint32_t w)
+{
+    float2 x = unpack(v), g = unpack(w);
+    return pack(x.x * scale * g.x, x.y * scale * g.y);
+}
+
+/* (x0, x1) turned by position * theta^(-2i/64), pair i of a key or query. */
+__device__ __forceinline__ uint32_t rope_pair(uint32_t v, int position, int i, float log2_theta)
+{
+    float2 x = unpack(v);
+    float angle = (float)position * exp2f(-(float)i / 32.f * log2_theta), s, c;
+    sincosf(angle, &s, &c);
+    return pack(x.x * c - x.y * s, x.y * c + x.x * s);
+}
+
+/* ---- producer ---- */
+
+__device__ int tile_w_row(const product &p, int tile)
+{
+    int head = tile / p.tiles_per_head;
+    return head * p.w_rows + (tile - head * p.tiles_per_head) * p.tile_rows;
+}
+
+/* One thread; never waits for the kernel before. */
+__device__ void produce(ring r, const product &p, const CUtensorMap *w, int first, int last)
+{
+    uint64_t once = policy_evict_first();
+    int n = (last - first) * p.n_steps, ahead = min(n, r.n_stages + AHEAD_STAGES);
+    r.parity = 1; // a fresh stage is empty
+    for (int i = 0, tile = first, step = 0, w_row = tile_w_row(p, first); i < n; i++) {
+        if (i == r.n_stages)
+            for (int j = i; j < ahead; j++)
+                tma_prefetch_2d(w, j % p.n_steps * STAGE_COLS,
+                                tile_w_row(p, first + j / p.n_steps));
+        mbar_wait(r.empty + r.stage * 8, r.parity);
+        mbar_arrive_expect(r.full + r.stage * 8, r.stage_bytes);
+        tma_load_2d(r.base + r.stage * r.stage_bytes, w, r.full + r.stage * 8, step * STAGE_COLS,
+                    w_row, once);
+        ring_step(&r);
+        if (++step == p.n_steps) {
+            step = 0;
+            tile++;
+            w_row = tile_w_row(p, tile);
+        }
+    }
+    launch::next_may_start();
+}
+
+/* ---- consumers ---- */
+
+/* How x becomes an operand. */
+struct row_norm {
+    const cu_bf16 *w; // NULL: as it is
+    float eps;
+};
+
+/* scale[t] = 1 / rms of row t; a warp a row. */
+__device__ void row_scales(const product &p, float eps, float *scale)
+{
+    int lane = threadIdx.x & 31;
+    for (int t = threadIdx.x >> 5; t < p.T; t += WARPS) {
+        float sum = 0;
+        for (int i = lane * 8; i < p.n_in; i += 256)
+            sum += squares(*(const uint4 *)(p.x + (int64_t)t * p.x_row + i));
+        sum = warp_sum(sum);
+        if (lane == 0)
+            scale[t] = rsqrtf(sum / (float)p.n_in + eps);
+    }
+    named_sync(1, WARPS * 32);
+}
+
+/* N: groups of eight rows of x. */
+template <int N, bool NORM, typename OUT>
+__device__ void consume(ring r, const product &p, const row_norm &norm, float *red_base,
+                        const float *scale, int first, int last)
+{
+    constexpr int BATCH = 8 / N; // steps whose x is read at once
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
+    int col = warp * 32 + (lane & 3) * 8;
+    float row_scale[N];
+    if (NORM) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            row_scale[n] = n * 8 + row < p.T ? scale[n * 8 + row] : 0;
+    }
+    for (int tile = first; tile < last; tile++) {
+        int head = tile / p.tiles_per_head, out = (tile - head * p.tiles_per_head) * p.tile_rows;
+        const cu_bf16 *x = p.x + (int64_t)row * p.x_row + (int64_t)head * p.x_head + col;
+        float acc[N][4] = {};
+        for (int step = 0; step < p.n_steps; step += BATCH) {
+            uint4 b[BATCH][N];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                int at = (step + i) * STAGE_COLS;
+                bool has = at + col < p.n_in;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    b[i][n] = make_uint4(0, 0, 0, 0);
+                    if (has && n * 8 + row < p.T)
+                        b[i][n] = *(const uint4 *)(x + (int64_t)n * 8 * p.x_row + at);
+                }
+                if (NORM && has) {
+                    uint4 g = *(const uint4 *)(norm.w + at + col);
+#pragma unroll
+                    for (int n = 0; n < N; n++) {
+                        b[i][n].x = normed(b[i][n].x, row_scale[n], g.x);
+                        b[i][n].y = normed(b[i][n].y, row_scale[n], g.y);
+                        b[i][n].z = normed(b[i][n].z, row_scale[n], g.z);
+                        b[i][n].w = normed(b[i][n].w, row_scale[n], g.w);
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (step + i >= p.n_steps)
+                    break;
+                mbar_wait(r.full + r.stage * 8, r.parity);
+                // rows beyond the tile's are other bytes: they feed outputs that nobody stores
+                uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
+                uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES);
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    product_16x8(acc[n], lo.x, hi.x, lo.y, hi.y, b[i][n].x, b[i][n].y);
+                    product_16x8(acc[n], lo.z, hi.z, lo.w, hi.w, b[i][n].z, b[i][n].w);
+                }
+                __syncwarp();
+                if (lane == 0)
+                    mbar_arrive(r.empty + r.stage * 8);
+                ring_step(&r);
+            }
+        }
+
+        // two buffers: a warp that is a tile ahead writes to the other one
+        float *red_tile = red_base + (tile & 1) * WARPS * red<N>::WARP_FLOATS;
+        float *mine = red_tile + warp * red<N>::WARP_FLOATS;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                mine[(n * 8 + (lane & 3) * 2 + (j & 1)) * RED_PITCH + row + (j & 2) * 4] = acc[n][j];
+        named_sync(1, WARPS * 32);
+#pragma unroll
+        for (int i = threadIdx.x; i < N * 8 * TILE_ROWS; i += WARPS * 32) {
+            int t = i / TILE_ROWS, o = i % TILE_ROWS;
+            if (t >= p.T || o >= p.tile_rows || out + o >= p.head_out)
+                continue;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                sum += red_tile[w * red<N>::WARP_FLOATS + t * RED_PITCH + o];
+            OUT *y = (OUT *)p.y + (int64_t)t * p.y_row + (int64_t)head * p.y_head + out + o;
+            if constexpr (sizeof(OUT) == 4)
+                *y = sum;
+            else
+                *y = __float2bfloat16(sum);
+        }
+    }
+}
+
+/* ---- the key's half of the joint projection ---- */
+
+/* One row: the latent normed, the key turned, both into the row's slot. */
+__device__ void kv_write(const cu_qkv_args &a, int t, float log2_theta)
+{
+    __shared__ float part[WARPS];
+    int i = threadIdx.x;
+    const uint32_t *from = (const uint32_t *)(a.qkv + (int64_t)t * (a.q_lora + HEAD_KV) + a.q_lora);
+    uint32_t *slot = (uint32_t *)(a.pool + (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 +
+                                            a.slot_row[t]) *
+                                               HEAD_KV);
+    uint32_t v = from[i]; // 256 pairs of the latent, 32 of the key
+    if (i < LATENT / 2) {
+        float2 f = unpack(v);
+        float sum = warp_sum(f.x * f.x + f.y * f.y);
+        if ((i & 31) == 0)
+            part[i >> 5] = sum;
+    }
+    __syncthreads();
+    if (i >= LATENT / 2) {
+        slot[i] = rope_pair(v, a.position[t], i - LATENT / 2, log2_theta);
+        return;
+    }
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++)
+        sum += part[w];
+    float scale = rsqrtf(sum / (float)LATENT + a.eps);
+    slot[i] = normed(v, scale, ((const uint32_t *)a.kv_norm)[i]);
+}
+
+/* ---- kernels ---- */
+
+template <int N, bool NORM, typename OUT>
+__global__ void __launch_bounds__(THREADS, N == 4 ? 1 : 2)
+    dense_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ product p,
+                 const __grid_constant__ row_norm norm, const __grid_constant__ cu_qkv_args kv,
+                 float log2_theta)
+{
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    __shared__ float scale[CU_DENSE_MAX_T];
+    if (NORM && (int)blockIdx.x >= p.n_blocks) {
+        launch::previous_done();
+        kv_write(kv, blockIdx.x - p.n_blocks, log2_theta);
+        return;
+    }
+    int stage_bytes = p.tile_rows * ROW_BYTES;
+    ring r = {smem_addr(smem), smem_addr(full), smem_addr(empty), 0, p.n_stages, stage_bytes, 0};
+    int first = blockIdx.x * p.tiles_per_block, last = min(first + p.tiles_per_block, p.n_tiles);
+    if (threadIdx.x == WARPS * 32) {
+        tma_prefetch_map(&w);
+        for (int i = 0; i < p.n_stages; i++) {
+            mbar_init(r.full + i * 8, 1);
+            mbar_init(r.empty + i * 8, WARPS);
+        }
+        mbar_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= WARPS * 32) {
+        if (threadIdx.x == WARPS * 32)
+            produce(r, p, &w, first, last);
+        return;
+    }
+    launch::previous_done();
+    if (NORM)
+        row_scales(p, norm.eps, scale);
+    // behind the ring; what a tile of less than 16 rows reads beyond its last stage lies in here
+    float *red_base = (float *)(smem + p.n_stages * stage_bytes);
+    consume<N, NORM, OUT>(r, p, norm, red_base, scale, first, last);
+}
+
+/* 64 columns of W_UK[h] a block, one tensor copy; warps are four sets of 16 columns by two halves
+ * of the 192 rows. The last block of a head turns its query instead. */
+template <int N>
+__global__ void __launch_bounds__(WARPS * 32)
+    absorb_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ cu_absorb_args a,
+                  float log2_theta)
+{
+    constexpr int STEPS = NOPE / 16 / 2; // of a warp
+    __shared__ __align__(1024) uint8_t tile[NOPE * 128];
+    __shared__ float half_sum[4][N * 8][RED_PITCH];
+    __shared__ uint64_t full;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.y;
+    uint32_t bar = smem_addr(&full), base = smem_addr(tile);
+    if (blockIdx.x == LATENT / 64) {
+        launch::next_may_start();
+        launch::previous_done();
+        for (int t = warp; t < a.T; t += WARPS) {
+            int64_t at = (int64_t)t * a.heads + head;
+            uint32_t v = ((const uint32_t *)(a.q + at * HEAD_Q + NOPE))[lane];
+            ((uint32_t *)(a.absorbed + at * HEAD_KV + LATENT))[lane] =
+                rope_pair(v, a.position[t], lane, log2_theta);
+        }
+        return;
+    }
+    if (threadIdx.x == 0) {
+        mbar_init(bar, 1);
+        mbar_init_fence();
+        mbar_arrive_expect(bar, sizeof(tile));
+        tma_load_2d(base, &w, bar, blockIdx.x * 64, head * HEAD_ROWS);
+        launch::next_may_start();
+    }
+    __syncthreads();
+    launch::previous_done();
+
+    int m = warp & 3, k0 = (warp >> 2) * (NOPE / 2);
+    uint32_t b[STEPS][N][2];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int t = n * 8 + (lane >> 2);
+            const uint32_t *x = (const uint32_t *)(a.q + ((int64_t)t * a.heads + head) * HEAD_Q + k0 +
+                                                   s * 16 + (lane & 3) * 2);
+            b[s][n][0] = t < a.T ? x[0] : 0;
+            b[s][n][1] = t < a.T ? x[4] : 0;
+        }
+    mbar_wait(bar, 0);
+    float acc[N][4] = {};
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        // four 8 x 8 matrices, rows of k: columns + 8 is the second, k + 8 the third
+        int k = k0 + s * 16 + (lane & 7) + (lane >> 4) * 8, chunk = m * 2 + ((lane >> 3) & 1);
+        uint32_t w0, w1, w2, w3;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
+                     : "r"(base + k * 128 + ((chunk ^ (k & 7)) << 4)));
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            product_16x8(acc[n], w0, w1, w2, w3, b[s][n][0], b[s][n][1]);
+    }
+    int row = lane >> 2;
+    if (k0) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                half_sum[m][n * 8 + (lane & 3) * 2 + (j & 1)][row + (j & 2) * 4] = acc[n][j];
+    }
+    __syncthreads();
+    if (k0)
+        return;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int t = n * 8 + (lane & 3) * 2 + (j & 1), o = row + (j & 2) * 4;
+            if (t < a.T)
+                ((__nv_bfloat16 *)a.absorbed)[((int64_t)t * a.heads + head) * HEAD_KV +
+                                              blockIdx.x * 64 + m * 16 + o] =
+                    __float2bfloat16(acc[n][j] + half_sum[m][t][o]);
+        }
+}
+
+/* ---- launches ---- */
+
+int sm_count()
+{
+    static int n = []() {
+        int device, count = 0;
+        if (cudaGetDevice(&device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+            return 0;
+        return count;
+    }();
+    return n;
+}
+
+/* Cuts `heads` times head_out outputs into tiles and blocks. */
+bool cut(product *p, int heads)
+{
+    int n_sm = sm_count();
+    if (n_sm == 0 || p->T < 1 || p->T > CU_DENSE_MAX_T || heads < 1 || p->head_out < 1 ||
+        p->n_in < 8 || p->n_in % 8 || p->x_row % 8 || p->x_head % 8)
+        return false;
+    int per_block = (p->head_out + n_sm - 1) / n_sm;
+    p->tiles_per_block = (per_block + TILE_ROWS - 1) / TILE_ROWS;
+    p->tile_rows = (per_block + p->tiles_per_block - 1) / p->tiles_per_block;
+    if (heads > 1)
+        p->tile_rows = TILE_ROWS;
+    p->tiles_per_head = (p->head_out + p->tile_rows - 1) / p->tile_rows;
+    p->n_tiles = heads * p->tiles_per_head;
+    if (heads > 1)
+        p->tiles_per_block = (p->n_tiles + n_sm - 1) / n_sm;
+    p->n_blocks = (p->n_tiles + p->tiles_per_block - 1) / p->tiles_per_block;
+    p->n_steps = (p->n_in + STAGE_COLS - 1) / STAGE_COLS;
+    return true;
+}
+
+template <int N, bool NORM, typename OUT>
+cudaError_t launch_rows(product *p, int heads, const cu_bf16 *w, const row_norm *norm,
+                        const cu_qkv_args *kv, cudaStream_t stream)
+{
+    CUtensorMap map;
+    uint64_t w_rows = (uint64_t)(heads - 1) * p->w_rows + p->head_out;
+    if (!tensor_map_boxes(&map, w, w_rows, p->n_in, p->n_in, p->tile_rows, STAGE_COLS,
+                          CU_TENSOR_MAP_SWIZZLE_NONE))
+        return cudaErrorInvalidValue;
+    int stage_bytes = p->tile_rows * ROW_BYTES, total = p->tiles_per_block * p->n_steps;
+    p->n_stages = (SMEM_BYTES - red<N>::BYTES) / stage_bytes;
+    if (p->n_stages > MAX_STAGES)
+        p->n_stages = MAX_STAGES;
+    if (p->n_stages > total)
+        p->n_stages = total;
+    static_assert(red<N>::BYTES >= TILE_ROWS * ROW_BYTES, "what short tiles read beyond the ring");
+    auto kernel = dense_kernel<N, NORM, OUT>;
+    cudaError_t err =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    if (err)
+        return err;
+    return launch::start(kernel, p->n_blocks + (NORM ? p->T : 0), THREADS,
+                         (size_t)(p->n_stages * stage_bytes + red<N>::BYTES), 1, stream, map, *p,
+                         *norm, *kv, NORM ? log2f(kv->theta) : 0.f);
+}
+
+template <bool NORM, typename OUT>
+cudaError_t launch_product(product *p, int heads, const cu_bf16 *w, const row_norm *norm, const cu_qkv_args *kv,
+                   cudaStream_t stream)
+{
+    if (!cut(p, heads))
+        return cudaErrorInvalidValue;
+    if (p->T <= 8)
+        return launch_rows<1, NORM, OUT>(p, heads, w, norm, kv, stream);
+    if (p->T <= 16)
+        return launch_rows<2, NORM, OUT>(p, heads, w, norm, kv, stream);
+    return launch_rows<4, NORM, OUT>(p, heads, w, norm, kv, stream);
+}
+
+} // namespace
+
+cudaError_t cu_dense(const struct cu_dense_args *a, cudaStream_t stream)
+{
+    if (a->T == 0)
+        return cudaSuccess;
+    product p = {};
+    p.x = a->x;
+    p.y = a->y;
+    p.T = a->T;
+    p.n_in = p.x_row = a->n_in;
+    p.head_out = p.y_row = a->n_out;
+    row_norm none = {};
+    cu_qkv_args no_kv = {};
+    return a->y_is_f32 ? launch_product<false, float>(&p, 1, a->w, &none, &no_kv, stream)
+                       : launch_product<false, __nv_bfloat16>(&p, 1, a->w, &none, &no_kv, stream);
+}
+
+cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 *q, int n_out,
+                         cudaStream_t stream)
+{
+    if (a->T == 0)
+        return cudaSuccess;
+    product p = {};
+    p.x = a->qkv;
+    p.y = q;
+    p.T = a->T;
+    p.n_in = a->q_lora;
+    p.x_row = a->q_lora + HEAD_KV;
+    p.head_out = p.y_row = n_out;
+    row_norm n = {a->q_norm, a->eps};
+    return launch_product<true, __nv_bfloat16>(&p, 1, w, &n, a, stream);
+}
+
+cudaError_t cu_v_up(const struct cu_v_up_args *a, cudaStream_t stream)
+{
+    if (a->T == 0)
+        return cudaSuccess;
+    product p = {};
+    p.x = a->latent;
+    p.y = a->out;
+    p.T = a->T;
+    p.n_in = p.x_head = LATENT;
+    p.head_out = p.y_head = HEAD_V;
+    p.w_rows = HEAD_ROWS;
+    p.x_row = a->heads * LATENT;
+    p.y_row = a->heads * HEAD_V;
+    row_norm none = {};
+    cu_qkv_args no_kv = {};
+    return launch_product<false, __nv_bfloat16>(&p, a->heads, a->kv_b + NOPE * LATENT, &none, &no_kv, stream);
+}
+
+cudaError_t cu_absorb(const struct cu_absorb_args *a, cudaStream_t stream)
+{
+    if (a->T == 0)
+        return cudaSuccess;
+    CUtensorMap map;
+    if (a->T < 0 || a->T > CU_DENSE_MAX_T || a->heads < 1 ||
+        !tensor_map_2d(&map, a->kv_b, (uint64_t)a->heads * HEAD_ROWS, LATENT, LATENT, NOPE))
+        return cudaErrorInvalidValue;
+    auto kernel = a->T <= 8 ? absorb_kernel<1> : a->T <= 16 ? absorb_kernel<2> : absorb_kernel<4>;
+    return launch::start(kernel, dim3(LATENT / 64 + 1, (unsigned)a->heads), WARPS * 32, 0, 1, stream,
+                         map, *a, log2f(a->theta));
+}
