@@ -83,15 +83,18 @@ class Model:
     def mtp(self, ids, hidden):
         """Slot i takes the token of position i + 1 (ids[i]) and the hidden state of position i; -> [n, H]
         after shared_head.norm: what the head reads and the next draft is given."""
-        parts = self.parts
+        return self.mtp_batch(ids[None], hidden[None])[0]
+
+    def mtp_batch(self, ids, hidden, first_slot=0):
+        """The same for a batch, [B, n] and [B, n, H]."""
+        parts, n = self.parts, ids.shape[1]
         embed = parts.embed_tokens if hasattr(parts, "embed_tokens") else self.hf.model.embed_tokens
-        z = parts.eh_proj(torch.cat([parts.enorm(embed(ids)), parts.hnorm(hidden)], -1))[None]
-        n = len(ids)
-        position = torch.arange(n, device=ids.device)[None]
+        z = parts.eh_proj(torch.cat([parts.enorm(embed(ids)), parts.hnorm(hidden)], -1))
+        position = torch.arange(first_slot, first_slot + n, device=ids.device)[None]
         mask = torch.full((n, n), torch.finfo(z.dtype).min, dtype=z.dtype, device=z.device).triu(1)
         z = self.block(z, attention_mask=mask[None, None], position_ids=position,
                        position_embeddings=self.hf.model.rotary_emb(z, position))
-        return parts.shared_head["norm"](z[0])
+        return parts.shared_head["norm"](z)
 
     def mtp_logits(self, u):
         head = self.parts.shared_head

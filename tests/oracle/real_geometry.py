@@ -4,7 +4,7 @@
     real_geometry.py CHECKPOINT_DIR REFERENCE_DIR [--small] [--seed N] [--device cuda]
 
 CHECKPOINT_DIR gets 1 dense and 2 sparse layers and the MTP layer with an embedding and a head of its own,
-8 GB (--small: the same heads, everything else tiny). Scales are chosen so that attention is not uniform, the
+6.5 GB (--small: the same head geometry, everything else tiny). Scales are chosen so that attention is not uniform, the
 router's bias decides part of the routing, and logits have a clear best. REFERENCE_DIR gets:
 
   cases.json           sequences, the vocabulary ids whose logits are stored, slots (see recycled)
