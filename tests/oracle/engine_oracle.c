@@ -28,6 +28,7 @@
 #define FP32_MEDIAN   1e-5
 #define FP32_LSE      1e-2
 #define FP32_GAP      1e-2 /* of the two best logits: closer ones may swap in fp32 */
+#define OTHER_PAST    1000 /* decided rows, one of which may have such a past, see path_end */
 #define SIGMAS        6    /* a gap wider than so many standard errors is decided in bf16 too */
 
 /* One kind of row, as real_geometry.py describes it. */
@@ -278,8 +279,11 @@ static void path_end(const char *fmt, ...)
     double most = on_cpu ? FP32_RELATIVE : BF16_ALLOWED * fmax(bf16, k->relative);
     double most_median = on_cpu ? FP32_MEDIAN : BF16_ALLOWED * fmax(bf16_median, k->median);
     double most_lse = on_cpu ? FP32_LSE : BF16_ALLOWED * k->largest;
+    // A firm row may follow a token of its sequence that bf16 sent to other experts, and then sees
+    // other keys: one row in some thousands, in transformers as well.
+    int may_differ = on_cpu ? 0 : (t->n_decided + OTHER_PAST - 1) / OTHER_PAST;
     bool ok = t->engine.n > 0 && relative <= most && median <= most_median && t->lse <= most_lse &&
-              t->n_best == t->n_decided && t->n_other_ids == 0;
+              t->n_best + may_differ >= t->n_decided && t->n_other_ids == 0;
     printf("%-30s %5d %5d  %8.2e %8.2e %8.2e  %8.2e %8.2e %8.2e  %5.2f  %8.2e %4d/%-4d %s\n", name,
            t->n_rows, t->engine.n, t->engine.largest, relative, median, t->bf16.largest, bf16,
            bf16_median, relative / bf16, t->lse, t->n_best, t->n_decided, ok ? "ok" : "FAIL");
