@@ -43,17 +43,18 @@ struct route {
     api_get_fn *get;
     const struct api_shape *shape;
     bool stream; /* the path itself asks for a stream */
+    bool open;   /* needs no key */
 };
 
 static const struct route routes[] = {
-    {"/", GET, .get = api_get_page},
-    {"/health", GET, .get = api_get_health},
-    {"/healthz", GET, .get = api_get_health},
-    {"/liveness", GET, .get = api_get_health},
-    {"/ready", GET, .get = api_get_ready},
-    {"/readiness", GET, .get = api_get_ready},
+    {"/", GET, .get = api_get_page, .open = true},
+    {"/health", GET, .get = api_get_health, .open = true},
+    {"/healthz", GET, .get = api_get_health, .open = true},
+    {"/liveness", GET, .get = api_get_health, .open = true},
+    {"/ready", GET, .get = api_get_ready, .open = true},
+    {"/readiness", GET, .get = api_get_ready, .open = true},
     {"/metrics", GET, .get = api_get_metrics},
-    {"/version", GET, .get = api_get_version},
+    {"/version", GET, .get = api_get_version, .open = true},
     {"/v1/models", GET, .get = api_get_models},
     {"/v1/models/*", GET, .get = api_get_model},
     {"/v1/chat/completions", POST, .shape = &api_shape_chat},
@@ -111,11 +112,14 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
     a->parse_calls = strcmp(c->config->tool_call_parser, "none") != 0;
     a->call_end_id = tokenizer_added_id(c->tokenizer, "</tool_call>");
     a->default_thinking = strcmp(c->config->default_reasoning, "off") != 0;
+    TRY(api_access_open(a));
     int r = uv_timer_init(c->loop, &a->tick);
     if (r == 0)
         r = uv_timer_start(&a->tick, on_tick, TICK_MS, TICK_MS);
-    if (r != 0)
+    if (r != 0) {
+        access_destroy(a->access);
         return err_set(ERR_IO, "api timer: %s", uv_strerror(r));
+    }
     uv_unref((uv_handle_t *)&a->tick); /* does not keep the loop alive */
     a->tick.data = a;
     *handler = (struct http_handler){
@@ -141,6 +145,7 @@ static void maybe_free(struct api *a)
         return;
     json_out_finish(&a->line);
     json_out_finish(&a->scratch);
+    access_destroy(a->access);
     free(a);
 }
 
@@ -402,7 +407,10 @@ static const struct route *gate(struct api *a, struct http_exchange *x,
     }
     bool get = !strcmp(r->method, "GET") || !strcmp(r->method, "HEAD");
     bool post = !strcmp(r->method, "POST");
-    if (!route) {
+    struct access_key *key;
+    if (!(route && route->open) && !api_access_find(a, r, &key)) {
+        api_access_refuse(x, r, &f);
+    } else if (!route) {
         (void)api_fail(&f, 404, "not_found", "", "there is nothing at %.200s", r->path);
     } else if (!((get && route->methods & GET) || (post && route->methods & POST))) {
         http_add_header(x, "Allow", route_allow(route));
@@ -414,12 +422,14 @@ static const struct route *gate(struct api *a, struct http_exchange *x,
     } else {
         return route;
     }
+    api_access_log_refused(a, r, route ? route->path : "-", f.status);
     api_reply_failure(a, x, r->request_id, clock_now_us(), route ? route->shape : NULL, &f);
     return NULL;
 }
 
 static void on_headers(void *user, struct http_exchange *x, const struct http_request *r)
 {
+    api_cors(user, x, r);
     (void)gate(user, x, r);
 }
 
@@ -442,6 +452,7 @@ static void on_gone(void *user, struct http_exchange *x)
     if (!call)
         return;
     call->x = NULL;
+    call->status = 499;
     log_debug("api", "req=%s call=%s client gone", call->request_id, call->id);
     call_release(call);
 }
@@ -456,6 +467,15 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     if (a->draining || a->destroyed) {
         (void)api_fail(&f, 503, "unavailable", "", "the server is shutting down");
         f.retry_after_s = 1;
+        api_access_log_refused(a, r, route->path, f.status);
+        api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
+        return;
+    }
+    struct access_key *key = NULL;
+    if (!api_access_find(a, r, &key))
+        key = NULL; /* gate has just seen it valid */
+    if (api_access_take(key, x, &f) != ERR_OK) {
+        api_access_log_refused(a, r, route->path, f.status);
         api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
     }
@@ -464,6 +484,8 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     if (!call || !body) {
         free(call);
         free(body);
+        if (key)
+            access_give(key);
         (void)api_fail_err(&f, err_set(ERR_NOMEM, "no memory for the request"), "");
         api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
@@ -474,6 +496,8 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     call->x = x;
     call->shape = route->shape;
     call->stream_path = route->stream;
+    call->path = route->path;
+    call->key = key;
     call->body = body;
     call->n_body = r->n_body;
     call->model = *cluster_get_model(a->c.cluster);
@@ -750,6 +774,8 @@ static void call_run(struct api_call *call)
         }
         call->n_running++;
     }
+    for (size_t i = 0; call->key && i < call->n_prompts; i++)
+        access_spend(call->key, call->prompts[i].n_ids, clock_now_us());
     /* The gens have copied what they need; a long prompt need not stay here for as long. */
     for (size_t i = 0; i < call->n_prompts; i++)
         ids_finish(&call->prompts[i].ids);
@@ -839,6 +865,7 @@ static void call_complete(struct api_call *call)
         if (call->shape->stream_end)
             call->shape->stream_end(call);
         write_done(call);
+        call->status = 200;
         http_end(call_take_exchange(call));
     } else if (call->x) {
         struct json_out *o = &call->api->line;
@@ -858,6 +885,7 @@ void api_call_reply(struct api_call *call, struct json_out *body)
         call_fail(call);
         return;
     }
+    call->status = 200;
     if (call->x)
         api_reply(call->api, call_take_exchange(call), call->request_id, call->arrival_us, 200,
                   NULL, body->data, body->len);
@@ -869,6 +897,7 @@ void api_call_reply(struct api_call *call, struct json_out *body)
 /* Answers f in whatever way is still possible. */
 static void call_fail_with(struct api_call *call, const struct api_failure *f)
 {
+    call->status = f->status;
     if (call->x && call->headers_out && call->shape->stream_failure) {
         call->shape->stream_failure(call, f);
         http_abort(call_take_exchange(call));
@@ -931,6 +960,16 @@ void api_call_finish(struct api_call *call)
     free(call->body);
 }
 
+/* The output is paid when all of it is known. */
+static void pay(struct api_call *call)
+{
+    uint64_t n = 0;
+    for (size_t i = 0; call->choices && i < call->n_choices; i++)
+        n += call->choices[i].n_tokens;
+    access_spend(call->key, n, clock_now_us());
+    access_give(call->key);
+}
+
 /* The end of every call: gens are cancelled now, memory goes when the pool lets go of it. */
 static void call_release(struct api_call *call)
 {
@@ -952,6 +991,9 @@ static void call_release(struct api_call *call)
     if (call->next)
         call->next->prev = call->prev;
     a->n_calls--;
+    api_access_log(call);
+    if (call->key)
+        pay(call);
     api_call_finish(call);
     free(call);
     maybe_free(a);

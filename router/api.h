@@ -32,6 +32,8 @@ struct api_config {
 };
 MUST_CHECK enum err api_create(const struct api_config *c, struct http_handler *handler,
                                struct api **ret);
+/* Reads the key file again; on failure the old keys stay. */
+MUST_CHECK enum err api_reload_keys(struct api *a, size_t *ret_n_keys);
 /* Requests between arrival and the end of their answer, tokenising included. */
 size_t api_n_active(const struct api *a);
 /* New requests are answered 503 from now on. */

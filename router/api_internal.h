@@ -9,6 +9,7 @@
 
 #include "common/base/json.h"
 #include "common/base/own.h"
+#include "router/access.h"
 #include "router/api.h"
 #include "router/text/chat_template.h"
 #include "router/text/detokenizer.h"
@@ -217,6 +218,9 @@ struct api_call {
     bool broken;      /* out of memory inside a callback: failed by the next tick */
     bool stream_path; /* /generate_stream */
     char id[48], request_id[132];
+    const char *path;       /* the route's */
+    int status;             /* of the answer; 499: the client left before it */
+    struct access_key *key; /* that the call was taken from, or NULL */
     uint64_t arrival_us, created_s, last_write_us;
     uv_work_t work;
     enum err work_result;
@@ -250,8 +254,10 @@ struct api {
     bool tick_closed, draining, destroyed;
     uint64_t random; /* state; ids and seeds are drawn from it */
     uint64_t created_s;
-    uint64_t silence_us; /* a stream that says nothing for that long gets a comment */
-    int32_t call_end_id; /* </tool_call>, -1: unknown */
+    uint64_t silence_us;   /* a stream that says nothing for that long gets a comment */
+    int32_t call_end_id;   /* </tool_call>, -1: unknown */
+    struct access *access; /* NULL: everyone may use the server */
+    bool log_access;
     bool split_reasoning, parse_calls, default_thinking;
     struct json_out line, scratch; /* reused by everything on the loop */
 };
@@ -303,6 +309,24 @@ void api_call_reply(struct api_call *call, struct json_out *body);
 void api_out_failure(struct json_out *o, const struct api_failure *f);
 void api_out_failure_anthropic(struct json_out *o, const struct api_failure *f,
                                const char *request_id);
+
+/* ---- keys, limits, browsers, the access log: api_access.c ---- */
+
+MUST_CHECK enum err api_access_open(struct api *a);
+/* May the sender of r use the server, and by which key (NULL: none is needed)? */
+bool api_access_find(const struct api *a, const struct http_request *r, struct access_key **ret);
+/* f gets the 401; x its header. */
+void api_access_refuse(struct http_exchange *x, const struct http_request *r,
+                       struct api_failure *f);
+/* access_take, with its headers for x. Nothing without a key. */
+MUST_CHECK enum err api_access_take(struct access_key *k, struct http_exchange *x,
+                                    struct api_failure *f);
+/* Headers that let a page of an allowed origin read the answer; once per exchange. */
+void api_cors(const struct api *a, struct http_exchange *x, const struct http_request *r);
+/* The line of a call that ends, and of a request that became none. */
+void api_access_log(const struct api_call *call);
+void api_access_log_refused(const struct api *a, const struct http_request *r, const char *path,
+                            int status);
 
 /* ---- conversations in other words than chat's: api_history.c ---- */
 

@@ -46,7 +46,7 @@ struct router {
     struct http_handler api_handler;
     struct http_server *http;
     struct admin *admin;
-    uv_signal_t sigterm, sigint;
+    uv_signal_t sigterm, sigint, sighup;
     uv_timer_t check, watchdog;
     bool draining, closing;
     uint64_t deadline_us; // of draining, then of closing
@@ -55,6 +55,7 @@ struct router {
 static enum err start(struct router *r);
 static void drain(struct router *r, const char *why);
 static void on_signal(uv_signal_t *s, int signum);
+static void on_hangup(uv_signal_t *s, int signum);
 static void on_check(uv_timer_t *t);
 static void on_watchdog(uv_timer_t *t);
 static json_t *on_admin(void *user, const char *command, const char *argument);
@@ -204,12 +205,14 @@ static enum err start(struct router *r)
     uv_unref((uv_handle_t *)&r->watchdog);
     uv_signal_init(&r->loop, &r->sigterm);
     uv_signal_init(&r->loop, &r->sigint);
-    r->check.data = r->watchdog.data = r->sigterm.data = r->sigint.data = r;
+    uv_signal_init(&r->loop, &r->sighup);
+    r->check.data = r->watchdog.data = r->sigterm.data = r->sigint.data = r->sighup.data = r;
     uv_signal_start(&r->sigterm, on_signal, SIGTERM);
     uv_signal_start(&r->sigint, on_signal, SIGINT);
+    uv_signal_start(&r->sighup, on_hangup, SIGHUP);
 
     int port = http_server_port(r->http);
-    if (!is_loopback(f->host))
+    if (!is_loopback(f->host) && !f->api_key_file[0])
         log_warn("main", "host=%s anyone who reaches this address can use the server", f->host);
     if (f->port_file[0])
         TRY(write_port_file(f->port_file, port));
@@ -269,6 +272,18 @@ static void on_signal(uv_signal_t *s, int signum)
     drain(r, signum == SIGTERM ? "SIGTERM" : "SIGINT");
 }
 
+/* As daemons do: what can be read again is read again. */
+static void on_hangup(uv_signal_t *s, int signum)
+{
+    struct router *r = s->data;
+    size_t n_keys = 0;
+    enum err e = r->api ? api_reload_keys(r->api, &n_keys) : ERR_OK;
+    if (e != ERR_OK)
+        log_error("main", "signal=%d the old keys stay: %s", signum, err_text(e));
+    else
+        log_info("main", "signal=%d keys=%zu read again", signum, n_keys);
+}
+
 static void drain(struct router *r, const char *why)
 {
     if (r->draining)
@@ -291,6 +306,7 @@ static void close_all(struct router *r)
     r->admin = NULL;
     uv_close((uv_handle_t *)&r->sigterm, NULL);
     uv_close((uv_handle_t *)&r->sigint, NULL);
+    uv_close((uv_handle_t *)&r->sighup, NULL);
     uv_close((uv_handle_t *)&r->check, NULL);
     uv_timer_start(&r->watchdog, on_watchdog, EXIT_MS, 0);
 }

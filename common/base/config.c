@@ -67,6 +67,7 @@ static const struct {
 } choices[] = {
     {"log_level", {"error", "warn", "info", "debug"}},
     {"default_reasoning", {"on", "off"}},
+    {"access_log", {"on", "off"}},
     {"tool_call_parser", {"glm47", "none"}},
     {"reasoning_parser", {"glm45", "none"}},
     {"load_format", {"auto", "dummy"}},

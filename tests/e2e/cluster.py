@@ -267,24 +267,25 @@ class Answer:
         return None
 
 
-async def stream(cluster, path, body, leave_after=None, timeout=60, on_event=None):
+async def stream(cluster, path, body, leave_after=None, timeout=60, on_event=None, headers=None):
     """POSTs body and reads the answer as it comes. leave_after: hang up after that many events (0:
     right after sending). Never raises for what the server does; look at the Answer."""
     a = Answer()
     try:
         async with asyncio.timeout(timeout * SLOWER):
-            await _stream(cluster, path, body, a, leave_after, on_event)
+            await _stream(cluster, path, body, a, leave_after, on_event, headers or {})
     except (ConnectionError, asyncio.IncompleteReadError, TimeoutError) as e:
         a.exception = e
     return a
 
 
-async def _stream(cluster, path, body, a, leave_after, on_event):
+async def _stream(cluster, path, body, a, leave_after, on_event, headers):
     reader, writer = await asyncio.open_connection(cluster.host, cluster.port, limit=1 << 20)
     try:
         data = json.dumps(body).encode()
+        more = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
         writer.write(f"POST {path} HTTP/1.1\r\nHost: {cluster.host}\r\nContent-Type: application/json\r\n"
-                     f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+                     f"{more}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
         if leave_after == 0:
             a.left = True

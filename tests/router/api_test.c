@@ -21,6 +21,7 @@
 #include "router/cluster.h"
 
 #define CONTEXT 512
+#define JSON    "Content-Type: application/json\r\n"
 
 static const char *const added_tokens[] = {
     "<|endoftext|>", "[MASK]",          "[gMASK]",         "[sMASK]",
@@ -1626,6 +1627,162 @@ static void newer_streams(void)
     cluster.model.max_total_tokens = CONTEXT;
 }
 
+static void use_keys(const char *lines)
+{
+    static const struct access_limits none;
+    char path[] = "/tmp/baton-api-keys-XXXXXX";
+    int fd = mkstemp(path);
+    REQUIRE(fd >= 0 && write(fd, lines, strlen(lines)) == (ssize_t)strlen(lines));
+    close(fd);
+    access_destroy(api->access);
+    api->access = NULL;
+    CHECK_OK(access_create(path, &none, &api->access));
+    unlink(path);
+}
+
+#define ALPHA "Authorization: Bearer sk-alpha\r\n"
+
+static struct answer ask_with(const char *headers, const char *path, const char *body)
+{
+    char all[512];
+    snprintf(all, sizeof(all), JSON "%s", headers);
+    return ask_raw(body ? "POST" : "GET", path, all, body, body ? strlen(body) : 0);
+}
+
+static void keys(void)
+{
+    use_keys("alpha:2179e632e89277f18aa600491b68ad55121fd6caa045e047fdeb426088a5a5f1\nbeta:"
+             "c29d79ad08b23ba5095b823d0b2e777320983be14c1150de96d07a86da5cd78c\n");
+    static const struct {
+        const char *headers, *path, *body;
+        int status;
+    } rows[] = {
+        {"", CHAT, "{" HI "}", 401},
+        {"", "/v1/models", NULL, 401},
+        {"", "/metrics", NULL, 401},
+        {"", "/nothing", NULL, 401},
+        {"", MESSAGES, "{}", 401},
+        {"", "/health", NULL, 200},
+        {"", "/ready", NULL, 200},
+        {"", "/version", NULL, 200},
+        {ALPHA, CHAT, "{" HI "}", 200},
+        {ALPHA, "/v1/models", NULL, 200},
+        {ALPHA, "/nothing", NULL, 404},
+        {"authorization: bearer  sk-beta\r\n", CHAT, "{" HI "}", 200},
+        {"x-api-key: sk-beta\r\n", CHAT, "{" HI "}", 200},
+        {"x-api-key: sk-gamma\r\n", CHAT, "{" HI "}", 401},
+        {"Authorization: Bearer sk-alphab\r\n", CHAT, "{" HI "}", 401},
+        {"Authorization: Bearer \r\n", CHAT, "{" HI "}", 401},
+        {"Authorization: Basic sk-alpha\r\n", CHAT, "{" HI "}", 401},
+        {"Authorization: Basic sk-alpha\r\nx-api-key: sk-beta\r\n", CHAT, "{" HI "}", 401},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+        script_reset("x");
+        struct answer a = ask_with(rows[i].headers, rows[i].path, rows[i].body);
+        if (a.status != rows[i].status)
+            fprintf(stderr, "row %zu: %s\n", i, a.body);
+        CHECK_INT(a.status, rows[i].status);
+        CHECK_INT(asked.n_live, 0);
+        if (a.status == 401) {
+            CHECK_STR(header(&a, "WWW-Authenticate"), "Bearer");
+            CHECK_STR(text_at(a.json, "error.type"), "authentication_error");
+            CHECK(!strcmp(rows[i].path, MESSAGES) ||
+                  !strcmp(text_at(a.json, "error.code"), "invalid_api_key"));
+            CHECK(!strstr(a.body, "sk-"));
+            CHECK_INT(asked.n_started, 0);
+        }
+        answer_finish(&a);
+    }
+    access_destroy(take(&api->access));
+}
+
+static void limits_of_keys(void)
+{
+    use_keys("alpha:2179e632e89277f18aa600491b68ad55121fd6caa045e047fdeb426088a5a5f1 "
+             "concurrency=1\nbeta:c29d79ad08b23ba5095b823d0b2e777320983be14c1150de96d07a86da5cd78c "
+             "tokens_per_minute=20\n");
+    script_reset("hello");
+    script.hang_after = 1;
+    int fd = client_open();
+    struct json_out in = {0};
+    client_ask(fd, "POST", CHAT, JSON ALPHA, "{\"stream\":true," HI "}",
+               strlen("{\"stream\":true," HI "}"));
+    client_read(fd, &in, "reasoning");
+    struct answer a = ask_with(ALPHA, CHAT, "{" HI "}");
+    CHECK_INT(a.status, 429);
+    CHECK_STR(text_at(a.json, "error.type"), "rate_limit_error");
+    CHECK_STR(text_at(a.json, "error.code"), "rate_limit_exceeded");
+    CHECK_STR(header(&a, "Retry-After"), "1");
+    CHECK_STR(header(&a, "x-ratelimit-limit-requests"), "1");
+    CHECK_STR(header(&a, "x-ratelimit-remaining-requests"), "0");
+    answer_finish(&a);
+    script.hang_after = -1;
+    client_read(fd, &in, NULL); /* the first one ends */
+    CHECK(strstr(in.data, "[DONE]") != NULL);
+    json_out_finish(&in);
+    close(fd);
+    a = ask_with(ALPHA, CHAT, "{" HI "}");
+    CHECK_INT(a.status, 200);
+    CHECK_STR(header(&a, "x-ratelimit-remaining-requests"), "0"); /* while it runs itself */
+    CHECK_STR(header(&a, "x-ratelimit-limit-tokens"), "");
+    answer_finish(&a);
+
+    /* 7 prompt and 6 output tokens each: two requests are more than 20. */
+    static const struct {
+        int status;
+        const char *left, *reset;
+    } want[] = {{200, "20", "0s"}, {200, "7", "39s"}, {429, "0", "1m18s"}};
+    for (size_t i = 0; i < ARRAY_LEN(want); i++) {
+        a = ask_with("x-api-key: sk-beta\r\n", CHAT, "{" HI "}");
+        CHECK_INT(a.status, want[i].status);
+        CHECK_STR(header(&a, "x-ratelimit-limit-tokens"), "20");
+        CHECK_STR(header(&a, "x-ratelimit-remaining-tokens"), want[i].left);
+        CHECK_STR(header(&a, "x-ratelimit-reset-tokens"), want[i].reset);
+        CHECK_STR(header(&a, "Retry-After"), i == 2 ? "18" : "");
+        answer_finish(&a);
+    }
+    access_destroy(take(&api->access));
+}
+
+static void browsers(void)
+{
+    static const char *const lists[] = {"", "*", "http://a.example, https://b.example"};
+    static const char *const origins[] = {"http://a.example", "https://b.example",
+                                          "https://b.example.org"};
+    static const bool allowed[3][3] = {{0}, {1, 1, 1}, {1, 1, 0}};
+    use_keys("alpha:2179e632e89277f18aa600491b68ad55121fd6caa045e047fdeb426088a5a5f1\n");
+    for (size_t i = 0; i < 9; i++) {
+        const char *origin = origins[i % 3], *want = allowed[i / 3][i % 3] ? origin : "";
+        char headers[256];
+        config.cors_allow_origin = lists[i / 3];
+        script_reset("x");
+        snprintf(headers, sizeof(headers), ALPHA "Origin: %s\r\n", origin);
+        struct answer a = ask_with(headers, CHAT, "{\"stream\":true," HI "}");
+        CHECK_INT(a.status, 200);
+        CHECK_STR(header(&a, "Access-Control-Allow-Origin"), want);
+        CHECK_STR(header(&a, "Vary"), i / 3 ? "Origin" : "");
+        answer_finish(&a);
+        snprintf(headers, sizeof(headers), "Origin: %s\r\n", origin);
+        a = ask_with(headers, CHAT, "{" HI "}"); /* a page can read why it is refused */
+        CHECK_INT(a.status, 401);
+        CHECK_STR(header(&a, "Access-Control-Allow-Origin"), want);
+        answer_finish(&a);
+        snprintf(headers, sizeof(headers),
+                 "Origin: %s\r\nAccess-Control-Request-Method: POST\r\n"
+                 "Access-Control-Request-Headers: authorization,x-stainless-os\r\n",
+                 origin);
+        a = ask_raw("OPTIONS", CHAT, headers, NULL, 0);
+        CHECK_INT(a.status, 204);
+        CHECK_STR(header(&a, "Access-Control-Allow-Origin"), want);
+        CHECK_STR(header(&a, "Access-Control-Allow-Headers"),
+                  *want ? "authorization,x-stainless-os" : "");
+        CHECK_STR(header(&a, "Access-Control-Allow-Methods"), *want ? "GET, POST, OPTIONS" : "");
+        answer_finish(&a);
+    }
+    config.cors_allow_origin = NULL;
+    access_destroy(take(&api->access));
+}
+
 static void failures_in_mid_stream(void)
 {
     script_reset("abcdef");
@@ -1791,6 +1948,9 @@ int main(void)
     RUN(overload);
     RUN(anthropic_errors);
     RUN(newer_streams);
+    RUN(keys);
+    RUN(limits_of_keys);
+    RUN(browsers);
     RUN(failures_in_mid_stream);
     RUN(leaving_cancels);
     RUN(silence_gets_a_comment);
