@@ -49,6 +49,15 @@ static uint64_t since_start(const struct run *run) { return clock_now_us() - run
 
 /* ---- what comes back ---- */
 
+/* Keeps the first failure of an answer; the others' sentences come later. */
+static void call_broken(struct call *c, enum err e)
+{
+    if (e == ERR_OK || c->broken)
+        return;
+    c->broken = e;
+    snprintf(c->r->message, sizeof(c->r->message), "%s", err_text(e));
+}
+
 static void on_event(void *user, const char *data, size_t n)
 {
     struct call *c = user;
@@ -56,7 +65,7 @@ static void on_event(void *user, const char *data, size_t n)
     struct event e;
     if (c->broken || (n == 6 && !memcmp(data, "[DONE]", 6)))
         return;
-    c->broken = event_parse(data, n, &e);
+    call_broken(c, event_parse(data, n, &e));
     if (c->broken)
         return;
     if (e.is_error) {
@@ -66,7 +75,7 @@ static void on_event(void *user, const char *data, size_t n)
     if (e.has_choice)
         r->end_us = c->now_us;
     if (e.has_output) {
-        c->broken = record_add_event(r, c->now_us);
+        call_broken(c, record_add_event(r, c->now_us));
         c->run->state.n_events++;
     }
     if (e.finish[0])
@@ -90,7 +99,7 @@ static void on_body(struct exchange *x, const char *bytes, size_t n)
     }
     c->now_us = since_start(c->run);
     if (!c->broken)
-        c->broken = sse_reader_push(&c->sse, bytes, n);
+        call_broken(c, sse_reader_push(&c->sse, bytes, n));
 }
 
 static enum outcome judge(struct call *c, enum err why)
@@ -111,10 +120,8 @@ static enum outcome judge(struct call *c, enum err why)
                  said ? e.message : c->error_body);
         return OUTCOME_HTTP_STATUS;
     }
-    if (c->broken) {
-        snprintf(r->message, sizeof(r->message), "%s", err_text(c->broken));
+    if (c->broken)
         return OUTCOME_BAD_STREAM;
-    }
     if (c->error_event)
         return OUTCOME_ERROR_EVENT;
     return r->n_events ? OUTCOME_OK : OUTCOME_NO_OUTPUT;

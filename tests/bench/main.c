@@ -30,6 +30,7 @@ struct bench {
     struct record *records;
     struct stats *stats;
     uint64_t hash, wall_us;
+    double cpu_s;
 };
 
 /* The first model that the server names, if it has such a list. */
@@ -140,6 +141,14 @@ static enum err warm_up(struct bench *b)
                : ERR_OK;
 }
 
+static double cpu_now_s(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
+}
+
 static enum err measure(struct bench *b)
 {
     const char *word = b->o.progress;
@@ -153,7 +162,9 @@ static enum err measure(struct bench *b)
     l.user = &p;
     arrivals_fill(&b->o, b->data, b->due_us);
     b->wall_us = clock_wall_us();
+    double before_s = cpu_now_s();
     TRY(load_run(&b->loop, &l, b->records, &duration_us));
+    b->cpu_s = cpu_now_s() - before_s;
     return stats_create(b->records, b->n, duration_us, &b->o.slo, &b->stats);
 }
 
@@ -168,6 +179,7 @@ static enum err show(const struct bench *b)
                             .model = b->form.model ? b->form.model : "",
                             .prompt_hash = b->hash,
                             .wall_us = b->wall_us,
+                            .cpu_s = b->cpu_s,
                             .records = b->records,
                             .stats = b->stats};
     struct json_out text = {0}, run = {0};

@@ -91,6 +91,8 @@ void output_table(FILE *f, const struct run_info *i)
     if (!i->o->max_concurrency && s->lag_p99_ms > 10)
         fprintf(f, "sent late by (p99)             %12.1f ms: the generator was busy\n",
                 s->lag_p99_ms);
+    fprintf(f, "generator's CPU time           %12.2f s   %.0f %% of a core\n", i->cpu_s,
+            s->duration_s > 0 ? 100 * i->cpu_s / s->duration_s : 0);
     fprintf(f, "\n%-8s %10s %10s %10s %10s %10s %10s\n", "ms", "mean", "p50", "p90", "p95", "p99",
             "max");
     for (int m = 0; m < N_METRICS; m++) {
@@ -163,9 +165,9 @@ static void put_summary(struct json_out *o, const struct run_info *i)
                  "\"request_throughput\":%.6g,\"request_goodput\":%.6g,"
                  "\"output_throughput\":%.6g,\"total_token_throughput\":%.6g,"
                  "\"max_output_tokens_per_s\":%.6g,\"max_concurrent_requests\":%zu,"
-                 "\"p99_lag_ms\":%.6g",
+                 "\"p99_lag_ms\":%.6g,\"generator_cpu_s\":%.6g",
                  s->requests_per_s, s->goodput_per_s, s->output_tokens_per_s, s->total_tokens_per_s,
-                 s->peak_output_tokens_per_s, s->peak_concurrency, s->lag_p99_ms);
+                 s->peak_output_tokens_per_s, s->peak_concurrency, s->lag_p99_ms, i->cpu_s);
     for (int m = 0; m < N_METRICS; m++) {
         const struct distribution *d = &s->metric[m];
         const char *k = metric_key((enum metric)m);

@@ -13,6 +13,7 @@ struct run_info {
     const char *label, *model; // model: "" if not sent
     uint64_t prompt_hash;
     uint64_t wall_us; // when it began
+    double cpu_s;     // that the load generator used
     const struct record *records;
     const struct stats *stats;
 };
