@@ -16,7 +16,8 @@ import json
 class PacedServer:
     def __init__(self, ttft_s, itl_s):
         self.ttft_s, self.itl_s = ttft_s, itl_s
-        self.server, self.n_requests = None, 0
+        self.server = None
+        self.answers = []  # what was sent when, in the form of baton bench's "requests"
 
     async def start(self, port=0):
         self.server = await asyncio.start_server(self._connection, "127.0.0.1", port, backlog=4096)
@@ -50,7 +51,6 @@ class PacedServer:
 
     async def _answer(self, writer, body):
         """False: the connection is to be closed."""
-        self.n_requests += 1
         prompt = body["prompt"] if isinstance(body["prompt"], str) else ""
         word, _, number = prompt.partition(" ")
         number = int(number) if number.isdigit() else 0
@@ -68,6 +68,8 @@ class PacedServer:
         loop = asyncio.get_running_loop()
         began = loop.time()
         n = body["max_tokens"]
+        answer = {"sent_us": began * 1e6, "event_us": [], "end_us": 0, "output_tokens": n}
+        self.answers.append(answer)
         for i in range(n):
             if number and i == number:
                 if word == "cut":
@@ -77,6 +79,8 @@ class PacedServer:
             wait = began + self.ttft_s + i * self.itl_s - loop.time()
             if wait > 0 or self.itl_s == 0:
                 await asyncio.sleep(max(wait, 0))  # also lets the others have a turn
+            answer["end_us"] = loop.time() * 1e6
+            answer["event_us"].append(answer["end_us"] - answer["sent_us"])
             event({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "paced", "choices": [
                 {"index": 0, "text": f" word{i % 10}", "logprobs": None,
                  "finish_reason": "length" if i + 1 == n else None}], "usage": None})

@@ -204,10 +204,9 @@ def test_figures_of_a_known_pace(tmp_path):
                        "--goodput", "ttft:2000,tpot:500")
     s = run["summary"]
     assert s["completed"] == 20 and s["total_output_tokens"] == 20 * 26 and s["total_input_tokens"] == 20 * 7
-    assert s["p50_ttft_ms"] == pytest.approx(200, rel=0.05, abs=10 * SLOWER)
-    assert s["p50_tpot_ms"] == pytest.approx(20, rel=0.05, abs=0.5 * SLOWER)
-    assert s["p50_e2el_ms"] == pytest.approx(700, rel=0.05)
-    assert s["mean_itl_ms"] == pytest.approx(20, rel=0.05, abs=0.5 * SLOWER)
+    agree(s, figures(server.answers))
+    assert s["p50_ttft_ms"] >= 200 and s["p50_e2el_ms"] >= 700
+    assert s["mean_tpot_ms"] == pytest.approx((s["mean_e2el_ms"] - s["mean_ttft_ms"]) / 25, rel=1e-4)
     assert s["max_concurrent_requests"] == 20
     assert s["request_goodput"] == pytest.approx(s["request_throughput"])
 
