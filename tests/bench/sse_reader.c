@@ -26,6 +26,8 @@ void sse_reader_reset(struct sse_reader *r)
 
 static enum err append(char **buffer, size_t *len, size_t *cap, const char *bytes, size_t n)
 {
+    if (n == 0)
+        return ERR_OK;
     if (*len + n > SSE_MAX_EVENT_BYTES)
         return err_set(ERR_TOO_LARGE, "an event is longer than %u bytes", SSE_MAX_EVENT_BYTES);
     if (*len + n > *cap) {
