@@ -143,14 +143,21 @@ enum err curve_parse_list(const char *text, size_t n, struct curve_list **ret)
 
 void curve_list_destroy(struct curve_list *l) { free(l); }
 
-/* The whole file. secret: refused if others than its owner may read or write it. */
+/* Who must not have access: everybody but the owner. A file that root gave to our group is fine
+ * too: systemd's credentials and Kubernetes' secrets look like that. */
+static mode_t forbidden(const struct stat *st)
+{
+    return st->st_uid == 0 && geteuid() != 0 ? 027 : 077;
+}
+
+/* The whole file. secret: refused if others may read or write it. */
 static enum err read_file(const char *path, bool secret, char **ret, size_t *ret_n)
 {
     OWNED_FD fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st))
         return err_set(ERR_NOT_FOUND, "%s: %s", path, strerror(errno));
-    if (secret && st.st_mode & 077)
+    if (secret && st.st_mode & forbidden(&st))
         return err_set(ERR_INVALID, "%s: others may read it (mode %03o): chmod 600", path,
                        st.st_mode & 0777);
     if (!S_ISREG(st.st_mode) || st.st_size > MAX_FILE)

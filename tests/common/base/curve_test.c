@@ -76,6 +76,30 @@ static void files_that_are_wrong_are_refused(void)
     CHECK_INT(curve_load(dir, path("list"), false), ERR_INVALID); // a directory
 }
 
+/* As systemd and Kubernetes hand secrets to a service that is not root's. */
+static void a_group_may_read_what_root_gave_it(void)
+{
+    const gid_t group = 65534;
+    const uid_t nobody = 65534;
+    if (geteuid() != 0)
+        return;
+    CHECK_INT(chown(path("own"), 0, group), 0);
+    CHECK_INT(chmod(dir, 0755), 0);
+    CHECK_INT(chmod(path("own"), 0440), 0);
+    CHECK_INT(curve_load(path("own"), path("list"), false), ERR_INVALID); // we are root
+    CHECK_INT(setegid(group), 0);
+    CHECK_INT(seteuid(nobody), 0);
+    CHECK_OK(curve_load(path("own"), path("list"), false));
+    CHECK_INT(seteuid(0), 0);
+    CHECK_INT(setegid(0), 0);
+    CHECK_INT(chmod(path("own"), 0444), 0);
+    CHECK_INT(seteuid(nobody), 0);
+    CHECK_INT(curve_load(path("own"), path("list"), false), ERR_INVALID);
+    CHECK_INT(seteuid(0), 0);
+    CHECK_INT(chown(path("own"), 0, 0), 0);
+    CHECK_INT(chmod(path("own"), 0600), 0);
+}
+
 static void pairs_are_parsed(void)
 {
     char other[41], secret[41], text[512];
@@ -350,6 +374,7 @@ int main(void)
     RUN(other_hosts_need_keys);
     RUN(keygen_writes_private_files_that_load);
     RUN(files_that_are_wrong_are_refused);
+    RUN(a_group_may_read_what_root_gave_it);
     RUN(pairs_are_parsed);
     RUN(lists_are_parsed);
     RUN(load_everybody);
