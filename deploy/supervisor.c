@@ -32,6 +32,7 @@
 #include "common/base/log.h"
 #include "common/base/own.h"
 #include "deploy/cpus.h"
+#include "deploy/notify.h"
 #include "deploy/probe.h"
 
 #define RESTART_FIRST_MS  200
@@ -277,6 +278,7 @@ static void exec_child(char **argv, const cpu_set_t *cpus, int out, pid_t launch
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     signal(SIGPIPE, SIG_DFL);
+    unsetenv("NOTIFY_SOCKET"); // ours
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != launcher) // it died before the prctl
@@ -476,6 +478,7 @@ static void on_ready(void *user, int port)
            port, (double)(uv_now(&s->loop) - s->started_ms) / 1e3, s->plan->n_prefill,
            s->plan->n_decode);
     fflush(stdout);
+    notify("READY=1");
     if (s->plan->config.ready_file[0])
         write_text(s, s->plan->config.ready_file, url);
 }
@@ -507,6 +510,7 @@ static void on_stop_signal(uv_signal_t *h, int signum)
     }
     say(s, LOG_INFO, "timeout_s=%g draining; once more to end at once",
         s->plan->config.drain_timeout_s);
+    notify("STOPPING=1");
     probe_stop(s->probe);
     if (!s->children[0].pid) {
         stop_workers(s);

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -24,6 +25,7 @@ def baton(*args, **kw):
     (["--topology", "/nonexistent.json"], "/nonexistent.json"),
     (["--topology", "deploy/topologies/2p2d.json", "--decode", "3"], "--decode"),
     (["--run-dir", "/proc/nope"], "/proc/nope"),
+    (["--pin", "tight"], "pin"),
     (["--host", "no such host"], "host"),
 ])
 def test_wrong_flags(args, names):
@@ -82,6 +84,17 @@ def test_admin(start):
     assert r.returncode == 0 and json.loads(r.stdout)["pages"]["total"] > 0
     r = baton("admin", c.run_dir / "nothing.admin", "accounting")
     assert r.returncode == 1 and r.stderr.count("\n") == 1
+
+
+def test_tells_the_service_manager(start, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.bind(str(tmp_path / "notify"))
+        s.settimeout(20 * SLOWER)
+        c = start(env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert s.recv(64) == b"READY=1"
+        c.broken = True  # it is to end
+        assert c.stop() == 0
+        assert s.recv(64) == b"STOPPING=1"
 
 
 def test_launcher_killed(start):
