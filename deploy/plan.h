@@ -17,7 +17,7 @@
 
 struct plan_proc {
     enum config_proc role;
-    char name[24]; // "router", "prefill-0": in front of log lines, names its admin socket
+    char name[32]; // "router", "prefill-0": in front of log lines, names its admin socket
     char *exe;     // absolute path of the program
     json_t
         *flags; // {"mtp_step": "2"}: what it is started with, later settings replace earlier ones
