@@ -89,7 +89,10 @@ struct pci {
 int nvmlDeviceGetPciInfo_v3(struct fake *g, struct pci *pci);
 int nvmlDeviceGetPciInfo_v3(struct fake *g, struct pci *pci)
 {
-    pci->domain = 1;
+    const char *bus = getenv("FAKE_BUS");
+    pci->domain = bus ? (unsigned)strtoul(bus, NULL, 16) : 1;
+    if (bus)
+        return snprintf(pci->bus_id, sizeof pci->bus_id, "%08X%s", pci->domain, bus + 4) < 0;
     return snprintf(pci->bus_id, sizeof pci->bus_id, "00000001:%02X:00.0", 16 + g->idx) < 0;
 }
 

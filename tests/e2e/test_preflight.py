@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import resource
 import shutil
 import socket
@@ -14,6 +15,19 @@ from cluster import BATON, BUILD, DEMO_MODEL, ROOT
 H100 = "90,80,79,0,0"
 TOPOLOGIES = ROOT / "deploy" / "topologies"
 LAUNCH = ROOT / "deploy" / "launch-4xh200"
+
+def pci_device():
+    """A device of this machine whose cores we may all use, to stand for a GPU: its bus id and their list."""
+    for path in sorted(pathlib.Path("/sys/bus/pci/devices").glob("*/local_cpulist")):
+        text = path.read_text().strip()
+        spans = [[int(n) for n in part.split("-")] for part in text.split(",") if part]
+        cpus = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)}
+        if cpus and cpus <= os.sched_getaffinity(0):
+            return path.parent.name, text
+    return None, ""
+
+
+PCI_DEVICE, CPUS = pci_device()
 
 
 @pytest.fixture
@@ -183,6 +197,35 @@ def test_launch_script(machine, tmp_path):
     check, serve = started.read_text().splitlines()
     flags = f"--model-dir {DEMO_MODEL} --topology {TOPOLOGIES}/gpu-2p2d.json --mtp-step 3"
     assert check == f"preflight {flags}" and serve == f"serve {flags}"
+
+
+@pytest.mark.parametrize("bus, flags, says", [
+    (None, (), "workers run on any core: /sys/bus/pci/devices/0001:10:00.0/local_cpulist"),
+    (PCI_DEVICE, (), f"process=prefill-0 cpus={CPUS} near its GPU"),
+    (PCI_DEVICE, ("--pin", "off"), ""),
+])
+def test_pinning(tmp_path, bus, flags, says):
+    """serve asks the driver where a GPU is and starts the worker there; the programs are stand-ins."""
+    if bus is None and not says.startswith("workers run on any core"):
+        pytest.skip("no PCI device here, or not all of its cores are ours")
+    report = 'echo "prefill on $(grep Cpus_allowed_list /proc/self/status) $CUDA_DEVICE_ORDER $NCCL_NVLS_ENABLE"'
+    for name, does in (("router", "exec sleep 30"), ("decode", "exec sleep 30"), ("prefill", f"{report}; exit 2")):
+        program = tmp_path / f"baton-{name}"
+        program.write_text(f"#!/bin/sh\n{does}\n")
+        program.chmod(0o755)
+    topology = tmp_path / "topology.json"
+    topology.write_text('{"prefill": [{"device": "cuda:0"}], "decode": [{}]}')
+    env = {**os.environ, "BATON_BIN_DIR": str(tmp_path), "FAKE_GPUS": H100, **({"FAKE_BUS": bus} if bus else {}),
+           "LD_LIBRARY_PATH": str(BUILD / "tests" / "deploy")}
+    env.pop("NCCL_NVLS_ENABLE", None)
+    r = subprocess.run([BATON, "serve", "--topology", topology, "--port", "0", *flags], capture_output=True,
+                       text=True, env=env, timeout=30)
+    assert r.returncode == 2 and says in r.stderr, r.stderr
+    assert ("near its GPU" in r.stderr) == (bus is not None and not flags)
+    started = [x for x in r.stderr.splitlines() if "prefill on" in x]
+    assert started and "PCI_BUS_ID 0" in started[0], r.stderr
+    if bus:
+        assert f"\t{CPUS} " in started[0]
 
 
 def test_topologies_are_json_with_a_purpose():
