@@ -63,7 +63,7 @@ static const struct setting settings[] = {
 /* Settings that take one of a few words. */
 static const struct {
     const char *name;
-    const char *words[5];
+    const char *words[6];
 } choices[] = {
     {"log_level", {"error", "warn", "info", "debug"}},
     {"default_reasoning", {"on", "off"}},
@@ -71,7 +71,7 @@ static const struct {
     {"tool_call_parser", {"glm47", "none"}},
     {"reasoning_parser", {"glm45", "none"}},
     {"load_format", {"auto", "dummy"}},
-    {"kv_transport", {"auto", "shm", "tcp"}},
+    {"kv_transport", {"auto", "ipc", "nccl", "shm", "tcp"}},
     {"kv_checksum", {"on", "off"}},
     {"mtp_mode", {"eagle_with_att", "vanilla_with_att"}},
     {"prefix_cache", {"on", "off"}},

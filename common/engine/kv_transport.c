@@ -18,35 +18,52 @@ static void *pair_thread(void *arg);
 
 /* ---- kinds ---- */
 
-static const struct {
+static struct kind {
     enum wire_transport kind;
     const char *name;
-    bool same_host; // works between processes of one host only
-    bool on_device; // moves GPU memory; the others host memory
-    bool built;
+    bool same_host;       // works between processes of one host only
+    bool on_device;       // moves pages in GPU memory; the others, in host memory
+    kv_listen_fn *listen; // NULL: not in this process
+    kv_connect_fn *connect;
 } kinds[] = {
     // in order of preference
-    {WIRE_KV_IPC, "ipc", true, true, true},
-    {WIRE_KV_NCCL, "nccl", false, true, false},
-    {WIRE_KV_SHM, "shm", true, false, true},
-    {WIRE_KV_TCP, "tcp", false, false, true},
+    {WIRE_KV_IPC, "ipc", true, true, kv_shm_listen, kv_shm_connect},
+    {WIRE_KV_NCCL, "nccl", false, true, NULL, NULL},
+    {WIRE_KV_SHM, "shm", true, false, kv_shm_listen, kv_shm_connect},
+    {WIRE_KV_TCP, "tcp", false, false, kv_tcp_listen, kv_tcp_connect},
 };
+
+static struct kind *kind_find(enum wire_transport kind)
+{
+    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
+        if (kinds[i].kind == kind)
+            return &kinds[i];
+    return NULL;
+}
+
+void kv_transport_register(enum wire_transport kind, kv_listen_fn *listen, kv_connect_fn *connect)
+{
+    struct kind *k = kind_find(kind);
+    assert(k && listen && connect);
+    k->listen = listen;
+    k->connect = connect;
+}
 
 enum err kv_transports_parse(const char *name, bool on_device, uint32_t *ret_bits)
 {
     uint32_t bits = 0;
-    char usable[64] = "auto";
+    char names[64] = "auto";
     for (size_t i = 0; i < ARRAY_LEN(kinds); i++) {
-        if (!kinds[i].built || kinds[i].on_device != on_device)
+        if (!kinds[i].listen || kinds[i].on_device != on_device)
             continue;
-        size_t n = strlen(usable);
-        snprintf(usable + n, sizeof(usable) - n, ", %s", kinds[i].name);
         if (!strcmp(name, "auto") || !strcmp(name, kinds[i].name))
             bits |= kinds[i].kind;
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof(names) - n, ", %s", kinds[i].name);
     }
     if (!bits)
         return err_set(ERR_INVALID, "--kv-transport %s: with pages in %s memory it is one of %s",
-                       name, on_device ? "GPU" : "host", usable);
+                       name, on_device ? "GPU" : "host", names);
     *ret_bits = bits;
     return ERR_OK;
 }
@@ -61,10 +78,8 @@ enum wire_transport kv_transport_choose(uint32_t a, uint32_t b, bool same_host)
 
 const char *kv_transport_name(enum wire_transport kind)
 {
-    for (size_t i = 0; i < ARRAY_LEN(kinds); i++)
-        if (kinds[i].kind == kind)
-            return kinds[i].name;
-    return "?";
+    const struct kind *k = kind_find(kind);
+    return k ? k->name : "?";
 }
 
 uint64_t kv_host_id(void)
@@ -88,35 +103,34 @@ uint64_t kv_host_id(void)
     return h;
 }
 
+/* Whether this process can move c's pages by k (NULL: no such kind). */
+static enum err kind_check(const struct kind *k, enum wire_transport kind,
+                           const struct kv_pair_config *c)
+{
+    if (!k || !k->listen)
+        return err_set(ERR_INVALID, "KV transport %d (%s) is not in this process", (int)kind,
+                       kv_transport_name(kind));
+    if (k->on_device != (kv_pool_get_config(c->pool)->device != NULL))
+        return err_set(ERR_INVALID, "KV transport %s moves pages in %s memory, ours are in %s",
+                       k->name, k->on_device ? "GPU" : "host", k->on_device ? "host" : "GPU");
+    return ERR_OK;
+}
+
 enum err kv_pair_listen(enum wire_transport kind, const struct kv_pair_config *c, const char *host,
                         const char *peer_address, char ret_address[WIRE_MAX_ADDRESS],
                         struct kv_pair **ret)
 {
-    switch (kind) {
-    case WIRE_KV_IPC:
-    case WIRE_KV_SHM:
-        return kv_shm_listen(c, peer_address, ret_address, ret);
-    case WIRE_KV_TCP:
-        return kv_tcp_listen(c, host, ret_address, ret);
-    default:
-        return err_set(ERR_INVALID, "KV transport %d (%s) is not in this build", (int)kind,
-                       kv_transport_name(kind));
-    }
+    const struct kind *k = kind_find(kind);
+    TRY(kind_check(k, kind, c));
+    return k->listen(c, k->same_host ? peer_address : host, ret_address, ret);
 }
 
 enum err kv_pair_connect(enum wire_transport kind, const struct kv_pair_config *c,
                          const char *address, struct kv_pair **ret)
 {
-    switch (kind) {
-    case WIRE_KV_IPC:
-    case WIRE_KV_SHM:
-        return kv_shm_connect(c, address, ret);
-    case WIRE_KV_TCP:
-        return kv_tcp_connect(c, address, ret);
-    default:
-        return err_set(ERR_INVALID, "KV transport %d (%s) is not in this build", (int)kind,
-                       kv_transport_name(kind));
-    }
+    const struct kind *k = kind_find(kind);
+    TRY(kind_check(k, kind, c));
+    return k->connect(c, address, ret);
 }
 
 /* ---- the pair, from the owner's side ---- */

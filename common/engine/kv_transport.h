@@ -10,7 +10,8 @@
  *         cannot write into pages that meanwhile belong to somebody else)
  *   ipc   the same with GPU memory, which the receiver maps
  *   tcp   sender writes, receiver reads straight into the pool
- *   nccl: between GPUs; same interface
+ *   nccl  pools in memory of two GPUs: kernels of both ends (kv_nccl.c)
+ * nccl comes with the CUDA module, which registers it.
  */
 #ifndef BATON_KV_TRANSPORT_H
 #define BATON_KV_TRANSPORT_H
@@ -56,7 +57,17 @@ void kv_pair_abort(struct kv_pair *p);
 void kv_pair_destroy(struct kv_pair *p); /* aborts first; NULL is fine */
 DEFINE_OWNED(kv_pair)
 
-/* What a worker can use whose pages are on a device or not: WIRE_KV_* bits allowed by
+/* Makes a kind available that this library does not bring itself. Before the process has pairs or
+ * threads that could make some.
+ *   listen: as kv_pair_listen; where is the sender's address from JOIN for a kind that works within
+ *   one host, else the host to listen on. */
+typedef enum err kv_listen_fn(const struct kv_pair_config *c, const char *where,
+                              char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret);
+typedef enum err kv_connect_fn(const struct kv_pair_config *c, const char *address,
+                               struct kv_pair **ret);
+void kv_transport_register(enum wire_transport kind, kv_listen_fn *listen, kv_connect_fn *connect);
+
+/* What this process can use, whose pages are on a device or not: WIRE_KV_* bits allowed by
  * --kv-transport ("auto" or a kind). ERR_INVALID for another name. */
 MUST_CHECK enum err kv_transports_parse(const char *name, bool on_device, uint32_t *ret_bits);
 /* The first both can use (shm and ipc only on the same host), or 0. */

@@ -95,7 +95,7 @@ static void words_are_checked_centrally(void)
     refused(CONFIG_DECODE, "--load-format", "gguf",
             "--load-format is 'gguf', must be auto or dummy");
     refused(CONFIG_DECODE, "--kv-transport", "pigeon",
-            "--kv-transport is 'pigeon', must be auto, shm or tcp");
+            "--kv-transport is 'pigeon', must be auto, ipc, nccl, shm or tcp");
     refused(CONFIG_DECODE, "--kv-checksum", "1", "--kv-checksum is '1', must be on or off");
     refused(CONFIG_DECODE, "--mtp-mode", "eagle",
             "--mtp-mode is 'eagle', must be eagle_with_att or vanilla_with_att");
