@@ -80,6 +80,12 @@ struct kv_stream_kind {
                    struct iovec *iov, int max);
     /* Receiver: reads the payload and brings the content into x's pages. */
     enum err (*receive)(struct kv_pair *p, int fd, const struct kv_post *x, uint32_t n_peer_pages);
+    /* Both ends, after the handshake: prepares what transfers need. May be NULL. */
+    enum err (*open)(struct kv_pair *p, int fd, bool is_sender);
+    /* Sender, for content that takes another way than the socket: there is no payload; brings x's
+     * content to the receiver, who is in `receive` by now, and returns when its pages will not be
+     * read any more. NULL: the payload is all. */
+    enum err (*send)(struct kv_pair *p, int fd, const struct kv_post *x);
     void (*tune)(int fd); // sets socket options; may be NULL
     bool same_user;       // the peer must be a process of our own user
 };
@@ -91,8 +97,9 @@ enum err kv_stream_send(struct kv_pair *p, const struct kv_stream_kind *k,
  * transfers. */
 enum err kv_stream_receive(struct kv_pair *p, const struct kv_stream_kind *k, int *listen_fd,
                            int *fd);
-/* Reads exactly n bytes. */
+/* Reads or writes exactly n bytes. */
 MUST_CHECK enum err kv_stream_read(struct kv_pair *p, int fd, void *ret, size_t n);
+MUST_CHECK enum err kv_stream_write(struct kv_pair *p, int fd, const void *bytes, size_t n);
 
 /* ---- the kinds ---- */
 
@@ -104,6 +111,14 @@ MUST_CHECK enum err kv_tcp_listen(const struct kv_pair_config *c, const char *ho
                                   char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret);
 MUST_CHECK enum err kv_tcp_connect(const struct kv_pair_config *c, const char *address,
                                    struct kv_pair **ret);
+
+/* kv_tcp.c, for kinds that talk over TCP too. */
+/* Listens on a free port of host; ret_address is what to call. */
+MUST_CHECK enum err kv_tcp_bind(const char *host, char ret_address[WIRE_MAX_ADDRESS], int *ret_fd);
+/* Parses such an address. */
+MUST_CHECK enum err kv_tcp_resolve(const char *address, struct sockaddr_storage *ret,
+                                   socklen_t *ret_bytes);
+void kv_tcp_tune(int fd);
 
 static inline void kv_socket_close(int *fd)
 {

@@ -4,11 +4,18 @@
  *     |--- struct hello: token, geometry ------------->|   closes whoever has not the token
  *     |<-- struct welcome -----------------------------|
  *     |--- struct head: seq, pages; then payload ----->|   waits until seq is posted, then reads it
- *     |<-- struct ack: seq ----------------------------|
+ *     |<-- struct note: seq, DONE ---------------------|
  *
  * The payload is the kind's: tcp sends the pages, shm the indexes of pages to copy. The sender runs
  * ahead of the acks as far as the socket takes it. Everything arrives in order, so a number that is
  * not the next one is a broken peer, never something to search for.
+ *
+ * A kind with `send` brings the content past the socket, when both ends are ready for it:
+ *     |--- struct head ------------------------------->|   waits until seq is posted
+ *     |<-- struct note: READY -------------------------|
+ *     |    send ~~~~~~~~~~~~~ content ~~~~~~~~~ receive |
+ *     |--- struct note: SENT ------------------------->|   only now the content counts: a sender
+ *     |<-- struct note: DONE --------------------------|   that gave up may have let garbage out
  *
  * There is one connection per pair and it is never remade: both ends give up and the workers JOIN
  * again. A closed socket is how each end learns of the other's death; a silent peer (frozen host,
@@ -53,12 +60,14 @@ struct head {
 };
 static_assert(sizeof(struct head) == 24, "no padding on the wire");
 
-struct ack {
+enum note_kind { NOTE_DONE = 0, NOTE_READY = 1, NOTE_SENT = 2 };
+
+struct note {
     uint64_t seq;
     uint32_t code; // enum err; not OK: the receiver gives up
-    uint32_t zero;
+    uint32_t kind; // enum note_kind
 };
-static_assert(sizeof(struct ack) == 16, "no padding on the wire");
+static_assert(sizeof(struct note) == 16, "no padding on the wire");
 
 static enum err stream_connect(struct kv_pair *p, const struct kv_stream_kind *k,
                                const struct sockaddr *address, socklen_t address_bytes, int *fd);
@@ -119,6 +128,11 @@ static enum err write_until(struct kv_pair *p, int fd, const void *bytes, size_t
     return ERR_OK;
 }
 
+enum err kv_stream_write(struct kv_pair *p, int fd, const void *bytes, size_t n)
+{
+    return write_until(p, fd, bytes, n, 0);
+}
+
 static bool is_same_user(int fd)
 {
     struct ucred peer;
@@ -135,30 +149,34 @@ struct sender {
     struct kv_post *current; // being written
     struct head head;        // of current
     uint64_t offset, bytes;  // of current's head and payload
-    struct kv_post *written; // the last one written in full and not yet acked
+    struct kv_post *written; // the last one sent in full and not yet done
     uint64_t n_written;      // and how many of those there are
-    struct ack ack;          // being read
-    size_t ack_bytes;
+    struct note note;        // being read
+    size_t note_bytes;
     bool mute; // a failpoint dropped a transfer: nothing is sent after it
 };
 
 static enum err sender_begin(struct sender *s);
 static enum err sender_write(struct sender *s);
-static enum err sender_read_acks(struct sender *s, short events);
+static enum err sender_read_notes(struct sender *s, short events);
+
+static bool sender_has_bytes(const struct sender *s) { return s->current && s->offset < s->bytes; }
 
 enum err kv_stream_send(struct kv_pair *p, const struct kv_stream_kind *k,
                         const struct sockaddr *address, socklen_t address_bytes, int *fd)
 {
     TRY(stream_connect(p, k, address, address_bytes, fd));
+    if (k->open)
+        TRY(k->open(p, *fd, true));
     struct sender s = {.p = p, .k = k, .fd = *fd};
     for (;;) {
         if (!s.current && !s.mute)
             TRY(sender_begin(&s));
         short events;
-        TRY(kv_pair_wait(p, s.fd, s.current ? POLLIN | POLLOUT : POLLIN, 0, &events));
+        TRY(kv_pair_wait(p, s.fd, sender_has_bytes(&s) ? POLLIN | POLLOUT : POLLIN, 0, &events));
         if (events & ~POLLOUT)
-            TRY(sender_read_acks(&s, events));
-        if (events & POLLOUT && s.current)
+            TRY(sender_read_notes(&s, events));
+        if (events & POLLOUT && sender_has_bytes(&s))
             TRY(sender_write(&s));
     }
 }
@@ -182,8 +200,16 @@ static enum err sender_begin(struct sender *s)
     s->head = (struct head){
         .seq = x->seq, .page_bytes = kv_pool_page_bytes(s->p->config.pool), .n_pages = x->n_pages};
     s->offset = 0;
-    s->bytes = sizeof(s->head) + s->k->payload_bytes(s->p, x);
+    s->bytes = sizeof(s->head) + (s->k->send ? 0 : s->k->payload_bytes(s->p, x));
     return ERR_OK;
+}
+
+/* current is on its way in full. */
+static void sender_advance(struct sender *s)
+{
+    s->written = s->current;
+    s->n_written++;
+    s->current = NULL;
 }
 
 static enum err sender_write(struct sender *s)
@@ -193,25 +219,37 @@ static enum err sender_write(struct sender *s)
     if (s->offset < sizeof(s->head))
         iov[n++] = (struct iovec){(uint8_t *)&s->head + s->offset, sizeof(s->head) - s->offset};
     uint64_t payload_offset = s->offset > sizeof(s->head) ? s->offset - sizeof(s->head) : 0;
-    n += s->k->payload(s->p, s->current, payload_offset, iov + n, MAX_IOV - n);
+    if (!s->k->send)
+        n += s->k->payload(s->p, s->current, payload_offset, iov + n, MAX_IOV - n);
     struct msghdr m = {.msg_iov = iov, .msg_iovlen = (size_t)n};
     ssize_t put = sendmsg(s->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (put < 0)
         return would_wait() ? ERR_OK : lost("write", errno);
     s->offset += (uint64_t)put;
-    if (s->offset == s->bytes) {
-        s->written = s->current;
-        s->n_written++;
-        s->current = NULL;
-    }
+    if (s->offset == s->bytes && !s->k->send)
+        sender_advance(s);
     return ERR_OK;
 }
 
-static enum err sender_read_acks(struct sender *s, short events)
+/* The receiver is ready for current. */
+static enum err sender_send(struct sender *s)
+{
+    struct kv_post *x = s->current;
+    if (!s->k->send || !x || sender_has_bytes(s) || s->note.seq != x->seq)
+        return err_set(ERR_PROTO, "the receiver is ready for transfer %" PRIu64 " out of turn",
+                       s->note.seq);
+    TRY(s->k->send(s->p, s->fd, x));
+    struct note sent = {.seq = x->seq, .kind = NOTE_SENT};
+    TRY(kv_stream_write(s->p, s->fd, &sent, sizeof(sent)));
+    sender_advance(s);
+    return ERR_OK;
+}
+
+static enum err sender_read_notes(struct sender *s, short events)
 {
     for (;;) {
-        ssize_t got = recv(s->fd, (uint8_t *)&s->ack + s->ack_bytes, sizeof(s->ack) - s->ack_bytes,
-                           MSG_DONTWAIT);
+        ssize_t got = recv(s->fd, (uint8_t *)&s->note + s->note_bytes,
+                           sizeof(s->note) - s->note_bytes, MSG_DONTWAIT);
         if (got == 0)
             return lost("waiting for acknowledgements", 0);
         if (got < 0) {
@@ -219,15 +257,20 @@ static enum err sender_read_acks(struct sender *s, short events)
                 return lost("waiting for acknowledgements", errno);
             return ERR_OK;
         }
-        s->ack_bytes += (size_t)got;
-        if (s->ack_bytes < sizeof(s->ack))
+        s->note_bytes += (size_t)got;
+        if (s->note_bytes < sizeof(s->note))
             continue;
-        s->ack_bytes = 0;
-        if (s->ack.code != ERR_OK)
-            return err_set(ERR_PROTO, "the receiver refused transfer %" PRIu64, s->ack.seq);
-        if (!s->n_written || s->ack.seq != kv_pair_next(s->p, NULL)->seq || s->ack.zero)
+        s->note_bytes = 0;
+        if (s->note.code != ERR_OK)
+            return err_set(ERR_PROTO, "the receiver refused transfer %" PRIu64, s->note.seq);
+        if (s->note.kind == NOTE_READY) {
+            TRY(sender_send(s));
+            continue;
+        }
+        if (!s->n_written || s->note.seq != kv_pair_next(s->p, NULL)->seq ||
+            s->note.kind != NOTE_DONE)
             return err_set(ERR_PROTO, "acknowledgement of transfer %" PRIu64 " out of turn",
-                           s->ack.seq);
+                           s->note.seq);
         s->n_written--;
         kv_pair_finish(s->p, ERR_OK);
     }
@@ -279,6 +322,8 @@ static enum err stream_connect(struct kv_pair *p, const struct kv_stream_kind *k
 
 static enum err receive_one(struct kv_pair *p, const struct kv_stream_kind *k, int fd,
                             const struct head *h, uint64_t seq, uint32_t n_peer_pages);
+static enum err receive_aside(struct kv_pair *p, const struct kv_stream_kind *k, int fd,
+                              const struct kv_post *x, uint32_t n_peer_pages);
 
 enum err kv_stream_receive(struct kv_pair *p, const struct kv_stream_kind *k, int *listen_fd,
                            int *fd)
@@ -286,16 +331,18 @@ enum err kv_stream_receive(struct kv_pair *p, const struct kv_stream_kind *k, in
     uint32_t n_peer_pages = 0;
     enum err e = stream_accept(p, k, *listen_fd, fd, &n_peer_pages);
     kv_socket_close(listen_fd); // nobody else is expected
+    if (e == ERR_OK && k->open)
+        e = k->open(p, *fd, false);
     for (uint64_t seq = 0; e == ERR_OK; seq++) {
         struct head h;
         TRY(kv_stream_read(p, *fd, &h, sizeof(h)));
         e = receive_one(p, k, *fd, &h, seq, n_peer_pages);
-        struct ack ack = {.seq = h.seq, .code = e};
+        struct note done = {.seq = h.seq, .code = e, .kind = NOTE_DONE};
         if (e == ERR_OK) {
             kv_pair_finish(p, ERR_OK);
-            e = write_until(p, *fd, &ack, sizeof(ack), 0);
+            e = kv_stream_write(p, *fd, &done, sizeof(done));
         } else if (e == ERR_PROTO) { // tell the sender if it still listens; we part anyway
-            (void)!send(*fd, &ack, sizeof(ack), MSG_DONTWAIT | MSG_NOSIGNAL);
+            (void)!send(*fd, &done, sizeof(done), MSG_DONTWAIT | MSG_NOSIGNAL);
         }
     }
     return e;
@@ -331,7 +378,22 @@ static enum err receive_one(struct kv_pair *p, const struct kv_stream_kind *k, i
     case FAILPOINT_NONE:
         break;
     }
-    return k->receive(p, fd, x, n_peer_pages);
+    return k->send ? receive_aside(p, k, fd, x, n_peer_pages) : k->receive(p, fd, x, n_peer_pages);
+}
+
+/* The content does not come over the socket: tells the sender that we are ready for it, and waits
+ * for its word that everything was sent. */
+static enum err receive_aside(struct kv_pair *p, const struct kv_stream_kind *k, int fd,
+                              const struct kv_post *x, uint32_t n_peer_pages)
+{
+    struct note ready = {.seq = x->seq, .kind = NOTE_READY}, sent;
+    TRY(kv_stream_write(p, fd, &ready, sizeof(ready)));
+    TRY(k->receive(p, fd, x, n_peer_pages));
+    TRY(kv_stream_read(p, fd, &sent, sizeof(sent)));
+    if (sent.seq != x->seq || sent.code != ERR_OK || sent.kind != NOTE_SENT)
+        return err_set(ERR_PROTO, "the sender speaks of transfer %" PRIu64 " during %" PRIu64,
+                       sent.seq, x->seq);
+    return ERR_OK;
 }
 
 /* Somebody who connected and has not shown the token yet. */

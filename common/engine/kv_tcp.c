@@ -48,7 +48,7 @@ static enum err tcp_receive(struct kv_pair *p, int fd, const struct kv_post *x,
     return ERR_OK;
 }
 
-static void tcp_tune(int fd)
+void kv_tcp_tune(int fd)
 {
     // Best effort: a pair without these options is slower to act, not wrong.
     int on = 1, idle_s = 5, every_s = 2, times = 3;
@@ -63,7 +63,7 @@ static const struct kv_stream_kind tcp_kind = {
     .payload_bytes = tcp_payload_bytes,
     .payload = tcp_payload,
     .receive = tcp_receive,
-    .tune = tcp_tune,
+    .tune = kv_tcp_tune,
 };
 
 /* ---- the pair ---- */
@@ -93,23 +93,13 @@ static enum err tcp_create(const struct kv_pair_config *c, struct kv_pair **ret)
     return ERR_OK;
 }
 
-/* Binds a free port of host. */
-static enum err tcp_bind(struct kv_tcp *t, const struct addrinfo *to)
-{
-    t->listen_fd = socket(to->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (t->listen_fd < 0 || bind(t->listen_fd, to->ai_addr, to->ai_addrlen) ||
-        listen(t->listen_fd, SOMAXCONN))
-        return err_set(ERR_IO, "listening for KV pages: %s", strerror(errno));
-    return ERR_OK;
-}
-
 /* "1.2.3.4:5" or "[::1]:5", numeric: the sender must not have to ask a name server. */
-static enum err tcp_address(const struct kv_tcp *t, char ret[WIRE_MAX_ADDRESS])
+static enum err tcp_address(int listen_fd, char ret[WIRE_MAX_ADDRESS])
 {
     struct sockaddr_storage own;
     socklen_t n = sizeof(own);
     char host[WIRE_MAX_ADDRESS - 16], port[8];
-    if (getsockname(t->listen_fd, (struct sockaddr *)&own, &n) ||
+    if (getsockname(listen_fd, (struct sockaddr *)&own, &n) ||
         getnameinfo((struct sockaddr *)&own, n, host, sizeof(host), port, sizeof(port),
                     NI_NUMERICHOST | NI_NUMERICSERV))
         return err_set(ERR_IO, "no name for the KV socket");
@@ -126,30 +116,35 @@ static bool is_wildcard(const struct sockaddr *a)
            IN6_IS_ADDR_UNSPECIFIED(&((const struct sockaddr_in6 *)a)->sin6_addr);
 }
 
-enum err kv_tcp_listen(const struct kv_pair_config *c, const char *host,
-                       char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret)
+static enum err tcp_listen_on(const struct addrinfo *to, int *ret_fd)
+{
+    OWNED_FD fd = socket(to->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0 || bind(fd, to->ai_addr, to->ai_addrlen) || listen(fd, SOMAXCONN))
+        return err_set(ERR_IO, "listening for KV pages: %s", strerror(errno));
+    *ret_fd = fd;
+    fd = -1;
+    return ERR_OK;
+}
+
+enum err kv_tcp_bind(const char *host, char ret_address[WIRE_MAX_ADDRESS], int *ret_fd)
 {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
     int e = host ? getaddrinfo(host, "0", &hints, &found) : EAI_NONAME;
     if (e)
         return err_set(ERR_INVALID, "KV host '%s': %s", host ? host : "", gai_strerror(e));
-    bool any = is_wildcard(found->ai_addr);
-    OWNED(kv_pair) p = NULL;
-    enum err err =
-        any ? err_set(ERR_INVALID, "KV host '%s' is no address to call", host) : tcp_create(c, &p);
-    if (err == ERR_OK)
-        err = tcp_bind((struct kv_tcp *)p, found);
+    OWNED_FD fd = -1;
+    enum err err = is_wildcard(found->ai_addr)
+                       ? err_set(ERR_INVALID, "KV host '%s' is no address to call", host)
+                       : tcp_listen_on(found, &fd);
     freeaddrinfo(found);
     TRY(err);
-    char address[WIRE_MAX_ADDRESS];
-    TRY(tcp_address((struct kv_tcp *)p, address));
-    TRY(kv_pair_start(p));
-    memcpy(ret_address, address, sizeof(address));
-    *ret = take(&p);
+    TRY(tcp_address(fd, ret_address));
+    *ret_fd = fd;
+    fd = -1;
     return ERR_OK;
 }
 
-enum err kv_tcp_connect(const struct kv_pair_config *c, const char *address, struct kv_pair **ret)
+enum err kv_tcp_resolve(const char *address, struct sockaddr_storage *ret, socklen_t *ret_bytes)
 {
     char host[WIRE_MAX_ADDRESS];
     const char *colon = strrchr(address, ':');
@@ -165,15 +160,31 @@ enum err kv_tcp_connect(const struct kv_pair_config *c, const char *address, str
     int e = getaddrinfo(host, colon + 1, &hints, &found);
     if (e)
         return err_set(ERR_INVALID, "KV address '%s': %s", address, gai_strerror(e));
-    OWNED(kv_pair) p = NULL;
-    enum err err = tcp_create(c, &p);
-    if (err == ERR_OK) {
-        struct kv_tcp *t = (struct kv_tcp *)p;
-        memcpy(&t->address, found->ai_addr, found->ai_addrlen);
-        t->address_bytes = found->ai_addrlen;
-    }
+    memcpy(ret, found->ai_addr, found->ai_addrlen);
+    *ret_bytes = found->ai_addrlen;
     freeaddrinfo(found);
-    TRY(err);
+    return ERR_OK;
+}
+
+enum err kv_tcp_listen(const struct kv_pair_config *c, const char *host,
+                       char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret)
+{
+    OWNED(kv_pair) p = NULL;
+    char address[WIRE_MAX_ADDRESS];
+    TRY(tcp_create(c, &p));
+    TRY(kv_tcp_bind(host, address, &((struct kv_tcp *)p)->listen_fd));
+    TRY(kv_pair_start(p));
+    memcpy(ret_address, address, sizeof(address));
+    *ret = take(&p);
+    return ERR_OK;
+}
+
+enum err kv_tcp_connect(const struct kv_pair_config *c, const char *address, struct kv_pair **ret)
+{
+    OWNED(kv_pair) p = NULL;
+    TRY(tcp_create(c, &p));
+    struct kv_tcp *t = (struct kv_tcp *)p;
+    TRY(kv_tcp_resolve(address, &t->address, &t->address_bytes));
     TRY(kv_pair_start(p));
     *ret = take(&p);
     return ERR_OK;
