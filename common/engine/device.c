@@ -7,8 +7,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define MODULE "baton_cuda.so"
-
 /* "cpu" or "cuda:N"; -1 is the CPU. */
 static enum err device_parse(const char *name, int *ret)
 {
@@ -27,21 +25,22 @@ static enum err device_parse(const char *name, int *ret)
     return err_set(ERR_INVALID, "device %s: must be cpu or cuda:N", name);
 }
 
-/* The module lies beside the executable, or in a build tree where that was built. */
-static enum err module_find(void **ret)
+/* Modules lie beside the executable, or in a build tree where they were built. Never unloaded: CUDA
+ * does not like that. */
+static enum err module_find(const char *name, void **ret)
 {
     char here[4096], path[4200];
-    const char *named = getenv("BATON_CUDA_MODULE");
+    const char *named = getenv("BATON_MODULE_DIR");
     ssize_t n = readlink("/proc/self/exe", here, sizeof(here) - 1);
     if (n <= 0)
         return err_set(ERR_IO, "cannot tell where this executable is");
     here[n] = 0;
     *strrchr(here, '/') = 0;
-    snprintf(path, sizeof(path), "%s/" MODULE, here);
+    snprintf(path, sizeof(path), "%s/%s", named && named[0] ? named : here, name);
     if (access(path, F_OK))
-        snprintf(path, sizeof(path), "%s/../common/engine/" MODULE, here);
-    *ret = dlopen(named && named[0] ? named : path, RTLD_NOW | RTLD_LOCAL);
-    return *ret ? ERR_OK : err_set(ERR_INVALID, "the CUDA module cannot be loaded: %s", dlerror());
+        snprintf(path, sizeof(path), "%s/../common/engine/%s", here, name);
+    *ret = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    return *ret ? ERR_OK : err_set(ERR_INVALID, "%s cannot be loaded: %s", name, dlerror());
 }
 
 static enum err module_load(const struct device_module **ret)
@@ -50,10 +49,10 @@ static enum err module_load(const struct device_module **ret)
     if (*ret)
         return ERR_OK;
     void *handle;
-    TRY(module_find(&handle)); // never unloaded: CUDA does not like that
+    TRY(module_find("baton_cuda.so", &handle));
     *ret = dlsym(handle, "baton_cuda");
     if (!*ret || (*ret)->version != DEVICE_MODULE_VERSION)
-        return err_set(ERR_INVALID, MODULE " is not of this program's version");
+        return err_set(ERR_INVALID, "baton_cuda.so is not of this program's version");
     return ERR_OK;
 }
 
@@ -67,6 +66,19 @@ enum err device_open(const char *name, struct device **ret)
     const struct device_module *module;
     TRY(module_load(&module));
     return module->open(ordinal, ret);
+}
+
+enum err device_load_nccl(const char *host)
+{
+    void *handle;
+    TRY(module_find("baton_nccl.so", &handle));
+    union {
+        void *found;
+        enum err (*call)(const char *host);
+    } start = {.found = dlsym(handle, "kv_nccl_register")};
+    if (!start.found)
+        return err_set(ERR_INVALID, "baton_nccl.so is not of this program's version");
+    return start.call(host);
 }
 
 void device_destroy(struct device *d)

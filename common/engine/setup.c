@@ -97,6 +97,21 @@ static enum err setup_weights(const struct config *c, struct device *device,
     return ERR_OK;
 }
 
+/* With auto, a GPU worker does without NCCL where there is none: workers of one host need it not.
+ */
+static enum err load_nccl(const struct config *c)
+{
+    bool forced = !strcmp(c->kv_transport, "nccl");
+    if (!strcmp(c->device, "cpu") || (!forced && strcmp(c->kv_transport, "auto") != 0))
+        return ERR_OK;
+    enum err err = device_load_nccl(c->kv_host);
+    if (err != ERR_OK && !forced) {
+        log_info("kv", "without NCCL: %s", err_text(err));
+        return ERR_OK;
+    }
+    return err;
+}
+
 enum err setup_model(const struct config *c, struct weights **ret, struct setup *ret_setup)
 {
     if (!c->model_dir[0])
@@ -113,10 +128,11 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
     struct setup s = {0};
     OWNED(device) device = NULL;
     OWNED(weights) w = NULL; // before the device, in the order of destruction
-    TRY(kv_transports_parse(c->kv_transport, strcmp(c->device, "cpu") != 0, &s.transports));
     struct model_config model;
     TRY(model_config_load(c->model_dir, &model));
+    TRY(load_nccl(c));
     TRY(device_open(c->device, &device));
+    TRY(kv_transports_parse(c->kv_transport, device != NULL, &s.transports));
     TRY(setup_weights(c, device, &model, &w));
     const struct model_config *m = &w->config;
     if (c->mtp_step > 0 && m->n_mtp_layers == 0)
