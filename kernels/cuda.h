@@ -83,7 +83,9 @@ cudaError_t cu_route(const struct cu_route_args *a, cudaStream_t stream);
 size_t cu_route_work_bytes(int max_T, int E, int k);
 
 /* h[slot] = silu(gate_e x[token]) * (up_e x[token]), then y[slot] = down_e h[slot]. Weights stream
- * through once; tiles come from expert_start on the device. */
+ * through once; tiles come from expert_start on the device. cu_moe_down reads expert_start before
+ * the launch that precedes it in the stream has ended: that must be cu_moe_gate_up or start after
+ * cu_route has ended. */
 struct cu_moe_args {
     const cu_bf16 *x;          // [T, H]
     const cu_bf16 *gate, *up;  // [E + 1, F, H], the shared expert last

@@ -19,6 +19,7 @@
  */
 #include "kernels/cuda.h"
 #include "kernels/hopper.cuh"
+#include "kernels/launch.cuh"
 
 using namespace hopper;
 
@@ -533,6 +534,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         mbar_init(smem_addr(&sm->q_empty), CONSUMERS / 32);
         mbar_init_fence();
     }
+    launch::next_may_start();
+    launch::previous_done();
     Stretch w = stretch_find(p.n_ctx, p.S, blockIdx.y, gridDim.y);
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
@@ -643,6 +646,6 @@ cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t strea
         cudaFuncSetAttribute(mla_decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (e != cudaSuccess)
         return e;
-    mla_decode_kernel<<<dim3(tiles, (unsigned)groups), THREADS, smem, stream>>>(q_map, kv_map, p);
-    return cudaGetLastError();
+    return launch::start(mla_decode_kernel, dim3(tiles, (unsigned)groups), THREADS, smem, 1, stream,
+                         q_map, kv_map, p);
 }

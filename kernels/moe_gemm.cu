@@ -12,6 +12,11 @@
  * never stop while a result is written. Rows beyond a tile's count are stale bytes: they feed only
  * columns that nobody stores.
  *
+ * Launches overlap (launch.cuh). gate_up cannot know its tiles before routing has ended, but the
+ * shared expert is always among them: at small T it is brought into L2 meanwhile. down starts with
+ * tiles in hand, as gate_up lets it start only after routing has ended, and fills its ring with
+ * weights before gate_up's results are there.
+ *
  * Two shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
  * in flight: bound by memory; each weight is read from it once. Wide: tiles of 128 tokens by 256
  * weight rows, two consumer warpgroups, four stages: bound by the tensor cores.
@@ -27,6 +32,7 @@
  */
 #include "kernels/cuda.h"
 #include "kernels/hopper.cuh"
+#include "kernels/launch.cuh"
 
 using namespace hopper;
 
@@ -43,6 +49,9 @@ enum x_source {
 /* From here on tokens are gathered into slot order first: one row a copy costs more than that. */
 #define GATHER_FROM 64
 
+/* Up to here routing leaves memory idle for long enough to bring in the shared expert. */
+#define AHEAD_UP_TO 16
+
 struct experts {
     const int32_t *expert_start;
     const int32_t *slot_token;
@@ -52,6 +61,8 @@ struct experts {
     int w_rows;        // weight rows per expert
     int K;
     int second_row;    // weight rows from a tile's first set to its second (down), 0: other tensor
+    const void *ahead[3]; // weights that this launch and the next read for sure, or NULL
+    uint32_t ahead_bytes; // of each
 };
 
 template <int TOKENS, int GROUPS> struct shape {
@@ -251,6 +262,24 @@ static __device__ void consume(struct ring r, uint32_t out, const struct tail *s
 
 /* ---- producer ---- */
 
+/* Announces all that a stage gets and starts on its weights; x follows. */
+template <int TOKENS, int GROUPS>
+static __device__ __forceinline__ void weights_load(uint32_t at, uint32_t bar, int x_bytes,
+                                                    const struct experts *a, const CUtensorMap *w0,
+                                                    const CUtensorMap *w1, int col, int row,
+                                                    uint64_t once)
+{
+    constexpr int W_BYTES = shape<TOKENS, GROUPS>::W_BYTES;
+    mbar_arrive_expect(bar, W_BYTES + x_bytes);
+    if (TOKENS == 64) {
+        tma_load_2d(at, w0, bar, col, row, once);
+        tma_load_2d(at + W_BYTES / 2, w1, bar, col, row + a->second_row, once);
+    } else { // several tiles share these
+        tma_load_2d(at, w0, bar, col, row);
+        tma_load_2d(at + W_BYTES / 2, w1, bar, col, row + a->second_row);
+    }
+}
+
 template <int TOKENS, int GROUPS, enum x_source SOURCE>
 static __device__ void produce(struct ring r, const struct tail *s, const struct experts *a,
                                const CUtensorMap *w0, const CUtensorMap *w1, const CUtensorMap *x)
@@ -260,6 +289,7 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
     uint64_t once = policy_evict_first();
     r.parity = 1; // a fresh stage is empty
     struct tile t = {};
+    bool waits = SOURCE != X_GATHER; // for x; gathering launches waited before they looked for tiles
     for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
         int w_row = t.expert * a->w_rows + t.m * GROUPS * (a->second_row ? 128 : 64);
         int token[TOKENS / 32];
@@ -270,20 +300,21 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
         }
         int x_rows = SOURCE == X_GATHER ? t.n_rows : SOURCE == X_BOX ? TOKENS : (t.n_rows + 7) & ~7;
         int x_bytes = x_rows * TILE_K * 2;
+        int n_early = 0; // stages whose weights are on their way already
+        if (waits) {
+            n_early = min(n_steps, S::N_STAGES);
+            if (lane == 0)
+                for (int step = 0; step < n_early; step++)
+                    weights_load<TOKENS, GROUPS>(r.base + step * S::STAGE_BYTES, r.full + step * 8,
+                                                 x_bytes, a, w0, w1, step * TILE_K, w_row, once);
+            launch::previous_done();
+            waits = false;
+        }
         for (int step = 0; step < n_steps; step++) {
             mbar_wait(r.empty + r.stage * 8, r.parity);
             uint32_t at = r.base + r.stage * S::STAGE_BYTES, bar = r.full + r.stage * 8;
-            if (lane == 0) {
-                mbar_arrive_expect(bar, S::W_BYTES + x_bytes);
-                if (TOKENS == 64) {
-                    tma_load_2d(at, w0, bar, step * TILE_K, w_row, once);
-                    tma_load_2d(at + S::W_BYTES / 2, w1, bar, step * TILE_K, w_row + a->second_row,
-                                once);
-                } else { // several tiles share these
-                    tma_load_2d(at, w0, bar, step * TILE_K, w_row);
-                    tma_load_2d(at + S::W_BYTES / 2, w1, bar, step * TILE_K, w_row + a->second_row);
-                }
-            }
+            if (lane == 0 && step >= n_early)
+                weights_load<TOKENS, GROUPS>(at, bar, x_bytes, a, w0, w1, step * TILE_K, w_row, once);
             __syncwarp();
             at += S::W_BYTES;
             if (SOURCE == X_GATHER) {
@@ -303,6 +334,19 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
 }
 
 /* ---- kernel and launch ---- */
+
+/* This block's share of what comes in handy while routing has not ended; a warp. */
+static __device__ void ahead_prefetch(const struct experts *a)
+{
+    uint32_t n = gridDim.x * 32, piece = ((a->ahead_bytes + n - 1) / n + 127) & ~127u;
+    uint64_t at = (uint64_t)(blockIdx.x * 32 + (threadIdx.x & 31)) * piece;
+    if (at >= a->ahead_bytes)
+        return;
+    uint32_t bytes = min(piece, a->ahead_bytes - (uint32_t)at);
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+        bulk_prefetch((const uint8_t *)a->ahead[i] + at, bytes);
+}
 
 template <int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
 static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
@@ -326,10 +370,18 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
             mbar_init_fence();
         }
     } else if (warp == 0) {
+        if (a.ahead_bytes)
+            ahead_prefetch(&a);
+        if (SOURCE == X_GATHER)
+            launch::previous_done();
         int per_cut = a.n_out / (GROUPS * (SWIGLU ? 64 : 128));
         tiles_count(s, &a, TOKENS, per_cut);
     }
+    if (SOURCE == X_GATHER)
+        launch::previous_done();
     __syncthreads();
+    if (threadIdx.x == 0)
+        launch::next_may_start();
     if (warp >= GROUPS * 4) {
         if (GROUPS > 1)
             regs_shrink<40>();
@@ -343,7 +395,7 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
 }
 
 template <int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
-static cudaError_t launch(const struct experts *a, const cu_bf16 *first, const cu_bf16 *second,
+static cudaError_t launch_experts(const struct experts *a, const cu_bf16 *first, const cu_bf16 *second,
                           const cu_bf16 *x, int x_rows, cudaStream_t stream)
 {
     using S = shape<TOKENS, GROUPS>;
@@ -365,8 +417,7 @@ static cudaError_t launch(const struct experts *a, const cu_bf16 *first, const c
         !tensor_map_2d(&xs, x, x_rows, a->K, a->K,
                        SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? TOKENS : 8))
         return cudaErrorInvalidValue;
-    kernel<<<n_sm, S::THREADS, smem, stream>>>(w0, w1, xs, *a);
-    return cudaGetLastError();
+    return launch::start(kernel, n_sm, S::THREADS, smem, 1, stream, w0, w1, xs, *a);
 }
 
 /* out[slot] = x[slot_token[slot]], a block a row. */
@@ -393,17 +444,24 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
 {
     if (!is_done_here(a))
         return cudaErrorInvalidValue;
-    struct experts g = {a->expert_start, a->slot_token, a->h, a->E + 1, a->F, a->F, a->H, 0};
+    struct experts g = {a->expert_start, a->slot_token, a->h, a->E + 1, a->F, a->F, a->H, 0, {}, 0};
+    int64_t shared = (int64_t)a->E * a->F * a->H;
+    if (a->T <= AHEAD_UP_TO) {
+        g.ahead[0] = a->gate + shared;
+        g.ahead[1] = a->up + shared;
+        g.ahead[2] = a->down + shared;
+        g.ahead_bytes = (uint32_t)(a->F * a->H * 2);
+    }
     if (a->T < GATHER_FROM && !is_wide(a))
-        return launch<64, 1, X_GATHER, true>(&g, a->gate, a->up, a->x, a->T, stream);
+        return launch_experts<64, 1, X_GATHER, true>(&g, a->gate, a->up, a->x, a->T, stream);
     int n_slots = a->T * (a->k + 1);
     gather_rows<<<n_slots, 128, 0, stream>>>((const uint4 *)a->x, a->slot_token, (uint4 *)a->y,
                                              a->H / 8);
     cudaError_t err = cudaGetLastError();
     if (err)
         return err;
-    return is_wide(a) ? launch<128, 2, X_BOX, true>(&g, a->gate, a->up, a->y, n_slots, stream)
-                      : launch<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
+    return is_wide(a) ? launch_experts<128, 2, X_BOX, true>(&g, a->gate, a->up, a->y, n_slots, stream)
+                      : launch_experts<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
 }
 
 cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
@@ -411,11 +469,11 @@ cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
     if (!is_done_here(a))
         return cudaErrorInvalidValue;
     bool wide = is_wide(a);
-    struct experts d = {a->expert_start, a->slot_token, a->y, a->E + 1,
-                        a->H,            a->H,          a->F, wide ? 128 : 64};
+    struct experts d = {a->expert_start, a->slot_token, a->y, a->E + 1, a->H,
+                        a->H,            a->F,          wide ? 128 : 64, {}, 0};
     int n_slots = a->T * (a->k + 1);
-    return wide ? launch<128, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
-                : launch<64, 1, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
+    return wide ? launch_experts<128, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
+                : launch_experts<64, 1, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
 }
 
 size_t cu_moe_work_bytes(int max_T, int E, int k)

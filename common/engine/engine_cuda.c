@@ -1,9 +1,10 @@
 /* engine_cuda.c: the forward pass on one Hopper GPU.
  *
  * The same batch, the same order of operations as engine_cpu.c, on bf16 activations. Matrix
- * products are cuBLAS's (fp32 accumulation); experts, attention and the small operations are
- * kernels/cuda.h. Attention has two forms: rows of a decode step read the pages as they are
- * (absorbed form, one tile per sequence); long ragged prompts expand keys and values first.
+ * products of many rows are cuBLAS's (fp32 accumulation); those of few, experts, attention and the
+ * small operations are kernels/cuda.h. Attention has two forms: rows of a decode step read the
+ * pages as they are (absorbed form, one tile per sequence); long ragged prompts expand keys and
+ * values first.
  *
  *   residual, norm -> [q_a | kv_a] -> norms, RoPE, page write -> q_b -> MLA -> o_proj
  *        -> add + norm -> router, experts -> reduce + add + next norm
@@ -272,6 +273,9 @@ static enum err take_memory(struct engine_cuda *c)
 
 /* ---- products -------------------------------------------------------------------------------- */
 
+/* Whether the kernels for few rows do a product. */
+static bool is_few(int T, int n_in) { return T <= CU_DENSE_MAX_T && n_in % 8 == 0; }
+
 /* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T, rows packed; y bf16, or fp32 for logits. */
 static enum err product(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, void *y, int T,
                         int n_in, int n_out, cudaDataType_t type)
@@ -279,6 +283,11 @@ static enum err product(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *
     const float one = 1, zero = 0;
     if (T == 0)
         return ERR_OK;
+    if (is_few(T, n_in)) {
+        struct cu_dense_args a = {x, w, y, T, n_in, n_out, type == CUDA_R_32F};
+        CUDA(cu_dense(&a, c->stream));
+        return ERR_OK;
+    }
     BLAS(cublasGemmEx(c->blas, CUBLAS_OP_T, CUBLAS_OP_N, n_out, T, n_in, &one, w, CUDA_R_16BF, n_in,
                       x, CUDA_R_16BF, n_in, &zero, y, type, n_out, CUBLAS_COMPUTE_32F,
                       CUBLAS_GEMM_DEFAULT));
@@ -408,6 +417,19 @@ static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
     return ERR_OK;
 }
 
+/* RoPE of the query, into the absorbed query too where there is one. */
+static enum err query_turn(struct engine_cuda *c, const struct shape *s)
+{
+    struct cu_rope_q_args rope = {.q = c->q,
+                                  .absorbed = s->form == FORM_EXPANDED ? NULL : c->absorbed,
+                                  .position = on_device(c, c->position),
+                                  .T = s->n_rows,
+                                  .heads = c->base.m->n_heads,
+                                  .theta = c->base.m->rope_theta};
+    CUDA(cu_rope_q(&rope, c->stream));
+    return ERR_OK;
+}
+
 /* Expanded attention, several sequences at a time as far as the scratch holds their slots. */
 static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
                                    const struct shape *shape, int layer)
@@ -416,6 +438,7 @@ static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
     const struct layer_weights *l = &c->base.w->layers[layer];
     const cu_bf16 *kv_b = weight(c, l->kv_b);
     int heads = m->n_heads, wide = heads * MLA_QK, max_pages = shape->max_ctx / KV_PAGE_TOKENS;
+    TRY(query_turn(c, shape));
     for (int s = 0; s < b->n_seqs;) {
         int n = 0, slots = 0, max_q = 0;
         int32_t *q_start = c->q_start + 2 * s, *kv_start = c->kv_start + 2 * s;
@@ -474,8 +497,20 @@ static enum err attention_absorbed(struct engine_cuda *c, const struct shape *s,
     const struct layer_weights *l = &c->base.w->layers[layer];
     const cu_bf16 *kv_b = weight(c, l->kv_b);
     int heads = c->base.m->n_heads, T = s->n_rows;
-    TRY(head_product(c, c->q, heads * MLA_QK, MLA_QK, kv_b, false, c->absorbed, heads * KV_WIDTH,
-                     KV_WIDTH, T, MLA_NOPE, MLA_LATENT));
+    if (is_few(T, MLA_LATENT)) {
+        struct cu_absorb_args absorb = {.q = c->q,
+                                        .kv_b = kv_b,
+                                        .position = on_device(c, c->position),
+                                        .absorbed = c->absorbed,
+                                        .T = T,
+                                        .heads = heads,
+                                        .theta = c->base.m->rope_theta};
+        CUDA(cu_absorb(&absorb, c->stream));
+    } else {
+        TRY(query_turn(c, s));
+        TRY(head_product(c, c->q, heads * MLA_QK, MLA_QK, kv_b, false, c->absorbed,
+                         heads * KV_WIDTH, KV_WIDTH, T, MLA_NOPE, MLA_LATENT));
+    }
     struct cu_mla_decode_args a = {
         .q = c->absorbed,
         .pool = c->pool,
@@ -494,6 +529,11 @@ static enum err attention_absorbed(struct engine_cuda *c, const struct shape *s,
         .scale = 1.f / 16,
     };
     CUDA(cu_mla_decode(&a, c->stream));
+    if (is_few(T, MLA_LATENT)) {
+        struct cu_v_up_args v_up = {c->latent_out, kv_b, c->attention, T, heads};
+        CUDA(cu_v_up(&v_up, c->stream));
+        return ERR_OK;
+    }
     return head_product(c, c->latent_out, heads * MLA_LATENT, MLA_LATENT,
                         kv_b + MLA_NOPE * MLA_LATENT, true, c->attention, heads * MLA_V, MLA_V, T,
                         MLA_LATENT, MLA_V);
@@ -525,15 +565,12 @@ static enum err layer_run(struct engine_cuda *c, const struct batch *b, const st
         .eps = c->base.config.inner_norm_eps,
         .theta = m->rope_theta,
     };
-    CUDA(cu_qkv_norm_write(&qkv, c->stream));
-    TRY(product(c, c->q_a, weight(c, l->q_b), c->q, T, lora, heads * MLA_QK, CUDA_R_16BF));
-    struct cu_rope_q_args rope = {.q = c->q,
-                                  .absorbed = s->form == FORM_EXPANDED ? NULL : c->absorbed,
-                                  .position = on_device(c, c->position),
-                                  .T = T,
-                                  .heads = heads,
-                                  .theta = m->rope_theta};
-    CUDA(cu_rope_q(&rope, c->stream));
+    if (is_few(T, lora)) {
+        CUDA(cu_qkv_dense(&qkv, weight(c, l->q_b), c->q, heads * MLA_QK, c->stream));
+    } else {
+        CUDA(cu_qkv_norm_write(&qkv, c->stream));
+        TRY(product(c, c->q_a, weight(c, l->q_b), c->q, T, lora, heads * MLA_QK, CUDA_R_16BF));
+    }
     if (s->form == FORM_EXPANDED)
         TRY(attention_expanded(c, b, s, layer));
     else
