@@ -274,7 +274,7 @@ static enum err take_memory(struct engine_cuda *c)
 /* ---- products -------------------------------------------------------------------------------- */
 
 /* Whether the kernels for few rows do a product. */
-static bool is_few(int T, int n_in) { return T <= CU_DENSE_MAX_T && n_in % 8 == 0; }
+static bool is_few(int T, int n_in) { return T <= 8 && n_in % 8 == 0; }
 
 /* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T, rows packed; y bf16, or fp32 for logits. */
 static enum err product(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, void *y, int T,

@@ -221,6 +221,83 @@ static void drafts_are_the_goldens(void)
     CHECK(n_same >= 0.97 * n_drafts);
 }
 
+/* Rows with everything that a row can have, more of them than one round on the device takes: the
+ * same ids and log-probabilities as the reference makes of the same logits. */
+static void draws_are_the_references(void)
+{
+    enum { N = 256, TOP = 5 };
+    int V = weights->config.vocab, n_wrong = 0, n_rows = MIN(cases[0].n_prompt, N);
+    double worst = 0;
+    float *logits = calloc((size_t)V, sizeof(float)), *work = calloc((size_t)V * 2, sizeof(float));
+    int32_t *count = calloc((size_t)V, sizeof(int32_t));
+    uint8_t *in_prompt = calloc((size_t)V, 1);
+    uint32_t *allowed = calloc((size_t)V, sizeof(uint32_t));
+    REQUIRE(logits && work && count && in_prompt && allowed);
+    for (int i = 0; i < V; i++) {
+        count[i] = i % 5 == 0 ? i % 3 : 0;
+        in_prompt[i] = i % 7 == 0;
+        allowed[i] = 0xf0f3u * (uint32_t)(i + 1);
+    }
+    const int32_t banned[] = {3, 5}, bias_id[] = {7, 9, 7};
+    const float bias_value[] = {2, 30, 1};
+    static struct sample_row rows[N];
+    static int32_t idx[N], id[N], top_id[N * TOP];
+    static float logprob[N], top_logprob[N * TOP];
+    for (int i = 0; i < N; i++) {
+        idx[i] = (i * 7) % n_rows;
+        rows[i] = (struct sample_row){.seed = (uint64_t)i * 77,
+                                      .position = i,
+                                      .temperature = i % 5 ? 1.3f : 0,
+                                      .top_p = i % 3 ? 1 : 0.8f,
+                                      .top_k = i % 4 ? 0 : 50,
+                                      .min_p = i % 7 ? 0 : 0.05f,
+                                      .presence = 0.5f,
+                                      .frequency = 0.25f,
+                                      .repetition = 1.1f,
+                                      .banned = banned,
+                                      .n_banned = i % 3,
+                                      .bias_id = bias_id,
+                                      .bias_value = bias_value,
+                                      .n_bias = i % 4,
+                                      .allowed = i % 6 ? NULL : allowed,
+                                      .output_count = i % 2 ? count : NULL,
+                                      .in_prompt = i % 2 ? in_prompt : NULL,
+                                      .n_logprobs = i % 8 ? TOP : -1};
+    }
+    forward_one(0, 0, cases[0].seq, n_rows);
+    CHECK_OK(engine_sample(engine, N, idx, rows, TOP, id, logprob, top_id, top_logprob));
+    for (int i = 0; i < N; i++) {
+        int32_t want, want_top[TOP];
+        float want_logprob, want_top_logprob[TOP];
+        CHECK_OK(engine_read_logits(engine, false, idx[i], logits));
+        sample_ref(&(struct sample_args){.logits = logits,
+                                         .rows = &rows[i],
+                                         .id = &want,
+                                         .logprob = &want_logprob,
+                                         .top_id = want_top,
+                                         .top_logprob = want_top_logprob,
+                                         .work = work,
+                                         .T = 1,
+                                         .V = V,
+                                         .n_valid = weights->config.n_token_ids,
+                                         .max_top = TOP},
+                   NULL);
+        n_wrong += id[i] != want;
+        worst = fmax(worst, fabs((double)logprob[i] - (double)want_logprob));
+        for (int t = 0; t < TOP && rows[i].n_logprobs > 0; t++) {
+            n_wrong += top_id[i * TOP + t] != want_top[t];
+            worst =
+                fmax(worst, fabs((double)top_logprob[i * TOP + t] - (double)want_top_logprob[t]));
+        }
+    }
+    printf("%d draws, logprobs within %.2g\n", N, worst);
+    CHECK_INT(n_wrong, 0);
+    CHECK_NEAR(worst, 0, 1e-4);
+    void *all[] = {logits, work, count, in_prompt, allowed};
+    for (size_t i = 0; i < ARRAY_LEN(all); i++)
+        free(all[i]);
+}
+
 static void hidden_states_travel(void)
 {
     int H = weights->config.hidden;
@@ -327,6 +404,7 @@ int main(int argc, char **argv)
     RUN(greedy_text_is_the_goldens);
     RUN(windows_agree_with_single_rows);
     RUN(drafts_are_the_goldens);
+    RUN(draws_are_the_references);
     RUN(hidden_states_travel);
     RUN(page_checksums_are_the_hosts);
     RUN(memory_is_shared);
