@@ -75,7 +75,7 @@ struct cu_route_args {
     float *slot_weight;    // [T * (k + 1)] routing weight of the slot (1 for the shared expert)
     int32_t *token_slot;   // [T, k + 1] where a token's pairs went, the shared expert's last
     int32_t *expert_start; // [E + 2] first slot of each expert; [E + 1] = number of slots
-    int32_t *work;         // cu_route_work_bytes
+    int32_t *work;         // cu_route_work_bytes, zeroed once by the caller
     int T, H, E, k;
     float scale; // 1.8
 };

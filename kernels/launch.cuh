@@ -8,6 +8,7 @@
  *     ends, everything before it has ended too.
  *   - next_may_start() only lets the next kernel's blocks be scheduled; their previous_done() still
  *     waits for the end of this whole kernel.
+ * What another kernel writes is never read with __ldg: such a load may move up past previous_done().
  * Kernels launched the plain way see no difference. -DBATON_PDL=0 makes all launches plain ones.
  */
 #ifndef BATON_LAUNCH_CUH

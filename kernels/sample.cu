@@ -566,11 +566,11 @@ template <int N> struct unit {
 template <int N> __device__ __forceinline__ struct unit<N> unit_at(const float *x, int i);
 template <> __device__ __forceinline__ struct unit<1> unit_at<1>(const float *x, int i)
 {
-    return {{__ldg(x + i)}};
+    return {{x[i]}};
 }
 template <> __device__ __forceinline__ struct unit<4> unit_at<4>(const float *x, int i)
 {
-    float4 v = __ldg((const float4 *)x + i);
+    float4 v = ((const float4 *)x)[i];
     return {{v.x, v.y, v.z, v.w}};
 }
 
