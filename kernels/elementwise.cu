@@ -1,14 +1,20 @@
 /* elementwise.cu: the small operations between the matrix products.
  *
  * Each is one pass over its rows: 16-byte loads, fp32 arithmetic, one block per row (or per few heads).
- * At decode batches they are launch-bound (a row is 4 KB), so what counts is how few there are: the
- * residual add rides on the norm, both inner norms, RoPE of the key and the page write are one launch.
+ * At decode batches they are bound by launches and latency (a row is 4 KB), so what counts is how few
+ * there are: the residual add rides on the norm, both inner norms, RoPE of the key and the page write
+ * are one launch; and that each starts while its predecessor ends (launch.cuh), with its weights
+ * already on their way.
  */
 #include "kernels/cuda.h"
 
 #include <cuda_bf16.h>
 
+#include "kernels/launch.cuh"
+
 #define THREADS 256
+
+using namespace launch;
 
 namespace {
 
@@ -59,12 +65,17 @@ __device__ __forceinline__ float block_sum(float v)
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
-/* (x0, x1) turned by position * theta^(-2i/64). */
-__device__ __forceinline__ void rope_pair(float &x0, float &x1, int position, int i, float log2_theta)
+/* theta^(-2i/64), by how much pair i turns from one position to the next. */
+__device__ __forceinline__ float rope_step(int i, float log2_theta)
 {
-    float angle = (float)position * exp2f(-(float)i / 32.f * log2_theta);
+    return exp2f(-(float)i / 32.f * log2_theta);
+}
+
+/* (x0, x1) turned by position * step. */
+__device__ __forceinline__ void rope_pair(float &x0, float &x1, int position, float step)
+{
     float s, c;
-    sincosf(angle, &s, &c);
+    sincosf((float)position * step, &s, &c);
     float a = x0 * c - x1 * s, b = x1 * c + x0 * s;
     x0 = a;
     x1 = b;
@@ -72,6 +83,8 @@ __device__ __forceinline__ void rope_pair(float &x0, float &x1, int position, in
 
 __global__ void embed_kernel(const Bf8 *table, const int32_t *token, float *residual, int n8)
 {
+    next_may_start();
+    previous_done();
     const Bf8 *from = table + (int64_t)token[blockIdx.x] * n8;
     float4 *to = (float4 *)residual + (int64_t)blockIdx.x * n8 * 2;
     for (int i = threadIdx.x; i < n8; i += blockDim.x) {
@@ -84,20 +97,30 @@ __global__ void embed_kernel(const Bf8 *table, const int32_t *token, float *resi
 
 __global__ void gather_kernel(const Bf8 *x, const int32_t *row, Bf8 *out, int n8)
 {
+    next_may_start();
+    previous_done();
     const Bf8 *from = x + (int64_t)row[blockIdx.x] * n8;
     for (int i = threadIdx.x; i < n8; i += blockDim.x)
         out[(int64_t)blockIdx.x * n8 + i] = from[i];
 }
 
-/* One row's norm from registers: up to 8 quads of values a thread (H <= 8192). */
-__global__ void __launch_bounds__(THREADS) add_norm_kernel(cu_add_norm_args a)
+/* One row's norm from registers: up to QUADS quads of values a thread. */
+template <int QUADS> __global__ void __launch_bounds__(THREADS) add_norm_kernel(cu_add_norm_args a)
 {
-    constexpr int QUADS = 8;
     int t = blockIdx.x, n4 = a.H / 4;
     float4 *residual = (float4 *)a.residual + (int64_t)t * n4;
     const float4 *delta = a.delta ? (const float4 *)a.delta + (int64_t)t * n4 : nullptr;
+    const uint2 *w = (const uint2 *)a.w;
+    uint2 *out = (uint2 *)a.out + (int64_t)t * n4;
     float4 x[QUADS];
+    uint2 g[QUADS];
     float sum = 0;
+    next_may_start();
+#pragma unroll
+    for (int j = 0; j < QUADS; j++)
+        if (threadIdx.x + j * THREADS < n4)
+            g[j] = w[threadIdx.x + j * THREADS];
+    previous_done();
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int i = threadIdx.x + j * THREADS;
@@ -115,62 +138,81 @@ __global__ void __launch_bounds__(THREADS) add_norm_kernel(cu_add_norm_args a)
         sum += x[j].x * x[j].x + x[j].y * x[j].y + x[j].z * x[j].z + x[j].w * x[j].w;
     }
     float scale = rsqrtf(block_sum(sum) / (float)a.H + a.eps);
-    const __nv_bfloat162 *w = (const __nv_bfloat162 *)a.w;
-    __nv_bfloat162 *out = (__nv_bfloat162 *)a.out + (int64_t)t * a.H / 2;
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int i = threadIdx.x + j * THREADS;
         if (i >= n4)
             break;
-        float2 g0 = __bfloat1622float2(w[2 * i]), g1 = __bfloat1622float2(w[2 * i + 1]);
-        out[2 * i] = __floats2bfloat162_rn(x[j].x * scale * g0.x, x[j].y * scale * g0.y);
-        out[2 * i + 1] = __floats2bfloat162_rn(x[j].z * scale * g1.x, x[j].w * scale * g1.y);
+        union {
+            uint2 bits;
+            __nv_bfloat162 v[2];
+        } weight = {g[j]}, y;
+        float2 g0 = __bfloat1622float2(weight.v[0]), g1 = __bfloat1622float2(weight.v[1]);
+        y.v[0] = __floats2bfloat162_rn(x[j].x * scale * g0.x, x[j].y * scale * g0.y);
+        y.v[1] = __floats2bfloat162_rn(x[j].z * scale * g1.x, x[j].w * scale * g1.y);
+        out[i] = y.bits;
     }
 }
 
-__global__ void __launch_bounds__(THREADS) qkv_kernel(cu_qkv_args a, float log2_theta)
+/* Eight values a thread, loaded once: the first q_warps warps have q_a, two the latent, the last one
+ * the key. */
+__global__ void qkv_kernel(cu_qkv_args a, float log2_theta, int q_warps)
 {
-    int t = blockIdx.x, width = a.q_lora + 576;
-    const cu_bf16 *row = a.qkv + (int64_t)t * width;
-    const __nv_bfloat16 *q = (const __nv_bfloat16 *)row, *c = q + a.q_lora, *k = c + 512;
-    const __nv_bfloat16 *wq = (const __nv_bfloat16 *)a.q_norm, *wc = (const __nv_bfloat16 *)a.kv_norm;
-    __nv_bfloat16 *q_out = (__nv_bfloat16 *)a.q_a + (int64_t)t * a.q_lora;
-    __nv_bfloat16 *slot = (__nv_bfloat16 *)a.pool +
-                          (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 + a.slot_row[t]) * 576;
-    float sum_q = 0, sum_c = 0;
-    for (int i = threadIdx.x; i < a.q_lora; i += THREADS) {
-        float v = __bfloat162float(q[i]);
-        sum_q += v * v;
+    __shared__ float part[32];
+    int t = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    bool is_q = warp < q_warps, is_key = warp == q_warps + 2;
+    int at = is_q ? threadIdx.x : threadIdx.x - q_warps * 32, n = is_q ? a.q_lora : 512;
+    bool has = !is_key && at < n / 8;
+    const Bf8 *from = (const Bf8 *)(a.qkv + (int64_t)t * (a.q_lora + 576) + (is_q ? 0 : a.q_lora));
+    float w[8], v[8] = {}, sum = 0, step = rope_step(lane, log2_theta);
+    next_may_start();
+    if (has)
+        unpack(((const Bf8 *)(is_q ? a.q_norm : a.kv_norm))[at], w);
+    previous_done();
+    cu_bf16 *slot = a.pool +
+                    (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 + a.slot_row[t]) * 576;
+    if (is_key) {
+        float2 x = __bfloat1622float2(((const __nv_bfloat162 *)(from + 64))[lane]);
+        rope_pair(x.x, x.y, a.position[t], step);
+        ((__nv_bfloat162 *)(slot + 512))[lane] = __floats2bfloat162_rn(x.x, x.y);
     }
-    for (int i = threadIdx.x; i < 512; i += THREADS) {
-        float v = __bfloat162float(c[i]);
-        sum_c += v * v;
-    }
-    float scale_q = rsqrtf(block_sum(sum_q) / (float)a.q_lora + a.eps);
-    float scale_c = rsqrtf(block_sum(sum_c) / 512.f + a.eps);
-    for (int i = threadIdx.x; i < a.q_lora; i += THREADS)
-        q_out[i] = __float2bfloat16(__bfloat162float(q[i]) * scale_q * __bfloat162float(wq[i]));
-    for (int i = threadIdx.x; i < 512; i += THREADS)
-        slot[i] = __float2bfloat16(__bfloat162float(c[i]) * scale_c * __bfloat162float(wc[i]));
-    if (threadIdx.x < 32) {
-        int i = threadIdx.x;
-        float x0 = __bfloat162float(k[2 * i]), x1 = __bfloat162float(k[2 * i + 1]);
-        rope_pair(x0, x1, a.position[t], i, log2_theta);
-        slot[512 + 2 * i] = __float2bfloat16(x0);
-        slot[512 + 2 * i + 1] = __float2bfloat16(x1);
-    }
+    if (has)
+        unpack(from[at], v);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        sum += v[i] * v[i];
+#pragma unroll
+    for (int o = 16; o; o >>= 1)
+        sum += __shfl_xor_sync(~0u, sum, o);
+    if (lane == 0)
+        part[warp] = sum;
+    __syncthreads();
+    if (!has)
+        return;
+    sum = 0;
+    for (int i = is_q ? 0 : q_warps; i < (is_q ? q_warps : q_warps + 2); i++)
+        sum += part[i];
+    float scale = rsqrtf(sum / (float)n + a.eps);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        v[i] *= scale * w[i];
+    Bf8 *to = (Bf8 *)(is_q ? a.q_a + (int64_t)t * a.q_lora : slot);
+    to[at] = pack(v);
 }
 
 /* A warp per head: lane i has pair i. */
 __global__ void rope_q_kernel(cu_rope_q_args a, float log2_theta)
 {
     int t = blockIdx.x, h = blockIdx.y * blockDim.y + threadIdx.y, i = threadIdx.x;
+    float step = rope_step(i, log2_theta);
+    next_may_start();
+    previous_done();
     if (h >= a.heads)
         return;
     int64_t at = (int64_t)t * a.heads + h;
     __nv_bfloat162 *q = (__nv_bfloat162 *)a.q + (at * 256 + 192) / 2 + i;
     float2 v = __bfloat1622float2(*q);
-    rope_pair(v.x, v.y, a.position[t], i, log2_theta);
+    rope_pair(v.x, v.y, a.position[t], step);
     __nv_bfloat162 r = __floats2bfloat162_rn(v.x, v.y);
     *q = r;
     if (a.absorbed)
@@ -180,6 +222,8 @@ __global__ void rope_q_kernel(cu_rope_q_args a, float log2_theta)
 __global__ void swiglu_kernel(const Bf8 *gate_up, Bf8 *out, int64_t total, int n8)
 {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    next_may_start();
+    previous_done();
     if (i >= total)
         return;
     int64_t t = i / n8, c = i % n8;
@@ -196,6 +240,8 @@ __global__ void __launch_bounds__(THREADS) mtp_input_kernel(cu_mtp_input_args a)
 {
     int t = blockIdx.x;
     bool hidden = blockIdx.y == 1;
+    next_may_start();
+    previous_done();
     const cu_bf16 *src = hidden ? a.hidden[a.source[t]] : a.table;
     const __nv_bfloat16 *x =
         (const __nv_bfloat16 *)src + (int64_t)(hidden ? a.idx[t] : a.token[t]) * a.H;
@@ -215,6 +261,8 @@ __global__ void __launch_bounds__(THREADS) mtp_input_kernel(cu_mtp_input_args a)
 __global__ void gather_kv_kernel(cu_gather_kv_args a)
 {
     int row = blockIdx.x, s = 0;
+    next_may_start();
+    previous_done();
     while (row >= a.kv_start[s + 1])
         s++;
     int slot = row - a.kv_start[s];
@@ -256,32 +304,39 @@ cudaError_t cu_embed(const cu_bf16 *table, const int32_t *token, float *residual
 {
     if (H % 8)
         return cudaErrorInvalidValue;
-    if (T > 0)
-        embed_kernel<<<T, THREADS, 0, stream>>>((const Bf8 *)table, token, residual, H / 8);
-    return cudaGetLastError();
+    if (T <= 0)
+        return cudaSuccess;
+    return start(embed_kernel, dim3(T), dim3(THREADS), 0, 1, stream, (const Bf8 *)table, token, residual,
+                 H / 8);
 }
 
 cudaError_t cu_add_norm(const struct cu_add_norm_args *a, cudaStream_t stream)
 {
     if (a->H % 8 || a->H > 32 * THREADS)
         return cudaErrorInvalidValue;
-    if (a->T > 0)
-        add_norm_kernel<<<a->T, THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    if (a->T <= 0)
+        return cudaSuccess;
+    return start(a->H <= 8 * THREADS ? add_norm_kernel<2> : add_norm_kernel<8>, dim3(a->T),
+                 dim3(THREADS), 0, 1, stream, *a);
 }
 
 cudaError_t cu_qkv_norm_write(const struct cu_qkv_args *a, cudaStream_t stream)
 {
-    if (a->T > 0)
-        qkv_kernel<<<a->T, THREADS, 0, stream>>>(*a, log2f(a->theta));
-    return cudaGetLastError();
+    int q_warps = (a->q_lora / 8 + 31) / 32;
+    if (a->q_lora <= 0 || a->q_lora % 8 || q_warps > 29)
+        return cudaErrorInvalidValue;
+    if (a->T <= 0)
+        return cudaSuccess;
+    return start(qkv_kernel, dim3(a->T), dim3((q_warps + 3) * 32), 0, 1, stream, *a, log2f(a->theta),
+                 q_warps);
 }
 
 cudaError_t cu_rope_q(const struct cu_rope_q_args *a, cudaStream_t stream)
 {
-    if (a->T > 0)
-        rope_q_kernel<<<dim3(a->T, (a->heads + 3) / 4), dim3(32, 4), 0, stream>>>(*a, log2f(a->theta));
-    return cudaGetLastError();
+    if (a->T <= 0)
+        return cudaSuccess;
+    return start(rope_q_kernel, dim3(a->T, (a->heads + 3) / 4), dim3(32, 4), 0, 1, stream, *a,
+                 log2f(a->theta));
 }
 
 cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaStream_t stream)
@@ -289,17 +344,17 @@ cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaSt
     if (n % 8)
         return cudaErrorInvalidValue;
     int64_t total = (int64_t)T * n / 8;
-    if (total > 0)
-        swiglu_kernel<<<(unsigned)((total + THREADS - 1) / THREADS), THREADS, 0, stream>>>(
-            (const Bf8 *)gate_up, (Bf8 *)out, total, n / 8);
-    return cudaGetLastError();
+    if (total <= 0)
+        return cudaSuccess;
+    return start(swiglu_kernel, dim3((unsigned)((total + THREADS - 1) / THREADS)), dim3(THREADS), 0, 1,
+                 stream, (const Bf8 *)gate_up, (Bf8 *)out, total, n / 8);
 }
 
 cudaError_t cu_mtp_input(const struct cu_mtp_input_args *a, cudaStream_t stream)
 {
-    if (a->T > 0)
-        mtp_input_kernel<<<dim3(a->T, 2), THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    if (a->T <= 0)
+        return cudaSuccess;
+    return start(mtp_input_kernel, dim3(a->T, 2), dim3(THREADS), 0, 1, stream, *a);
 }
 
 cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, int n, int H,
@@ -307,16 +362,17 @@ cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, i
 {
     if (H % 8)
         return cudaErrorInvalidValue;
-    if (n > 0)
-        gather_kernel<<<n, THREADS, 0, stream>>>((const Bf8 *)x, row, (Bf8 *)out, H / 8);
-    return cudaGetLastError();
+    if (n <= 0)
+        return cudaSuccess;
+    return start(gather_kernel, dim3(n), dim3(THREADS), 0, 1, stream, (const Bf8 *)x, row, (Bf8 *)out,
+                 H / 8);
 }
 
 cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream)
 {
-    if (a->T_kv > 0)
-        gather_kv_kernel<<<a->T_kv, 128, 0, stream>>>(*a);
-    return cudaGetLastError();
+    if (a->T_kv <= 0)
+        return cudaSuccess;
+    return start(gather_kv_kernel, dim3(a->T_kv), dim3(128), 0, 1, stream, *a);
 }
 
 cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,

@@ -286,10 +286,9 @@ static __device__ __forceinline__ void logits_small(const struct cu_route_args *
 {
     constexpr int AT_ONCE = 8, STEP = CHOOSE_WARPS * 32;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2, col = (lane & 3) * 8;
-    const uint4 none = {0, 0, 0, 0};
-    bool has_lo = first + row < a->T, has_hi = first + row + 8 < a->T;
-    const cu_bf16 *x_lo = a->x + (int64_t)(first + row) * a->H + col;
-    const cu_bf16 *x_hi = x_lo + 8 * (int64_t)a->H;
+    // No load is conditional: rows past the last token repeat it, columns past the last are unused.
+    const cu_bf16 *x_lo = a->x + (int64_t)min(first + row, a->T - 1) * a->H + col;
+    const cu_bf16 *x_hi = a->x + (int64_t)min(first + row + 8, a->T - 1) * a->H + col;
     const cu_bf16 *w = a->router + (int64_t)(first_expert + row) * a->H + col;
     for (int begin = warp * 32; begin < a->H; begin += AT_ONCE * STEP) {
         uint4 b[AT_ONCE][PER], lo[AT_ONCE], hi[AT_ONCE];
@@ -297,16 +296,15 @@ static __device__ __forceinline__ void logits_small(const struct cu_route_args *
         for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
             for (int n = 0; n < PER; n++)
-                b[i][n] = begin + i * STEP < a->H
-                              ? __ldg((const uint4 *)(w + n * 8 * (int64_t)a->H + begin + i * STEP))
-                              : none;
+                b[i][n] = __ldg((const uint4 *)(w + n * 8 * (int64_t)a->H +
+                                                min(begin + i * STEP, a->H - 32)));
         if (begin == warp * 32)
             previous_done();
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            bool in = begin + i * STEP < a->H;
-            lo[i] = in && has_lo ? *(const uint4 *)(x_lo + begin + i * STEP) : none;
-            hi[i] = in && has_hi ? *(const uint4 *)(x_hi + begin + i * STEP) : none;
+            int h = min(begin + i * STEP, a->H - 32);
+            lo[i] = *(const uint4 *)(x_lo + h);
+            hi[i] = *(const uint4 *)(x_hi + h);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
@@ -531,9 +529,12 @@ static __global__ void __launch_bounds__(1024)
     float4 *residual = (float4 *)(a.residual + (int64_t)t * a.H + col);
     const int32_t *slots = a.token_slot + (int64_t)t * (k + 1);
     uint4 g = {0, 0, 0, 0};
+    next_may_start();
+    if (has)
+        g = __ldg((const uint4 *)(a.norm + col));
+    previous_done();
     if (has) {
         float4 r0 = residual[0], r1 = residual[1];
-        g = __ldg((const uint4 *)(a.norm + col));
 #pragma unroll
         for (int i = 0; i <= k; i++) {
             int slot = slots[i];
@@ -577,9 +578,5 @@ cudaError_t cu_moe_reduce(const struct cu_moe_reduce_args *a, cudaStream_t strea
     if (a->T <= 0 || a->k <= 0 || a->H <= 0 || a->H % 8 || a->H > 8192)
         return cudaErrorInvalidValue;
     int threads = (a->H / 8 + 31) / 32 * 32;
-    if (a->k == 4)
-        moe_reduce<4><<<a->T, threads, 0, stream>>>(*a);
-    else
-        moe_reduce<0><<<a->T, threads, 0, stream>>>(*a);
-    return cudaGetLastError();
+    return start(a->k == 4 ? moe_reduce<4> : moe_reduce<0>, dim3(a->T), dim3(threads), 0, 1, stream, *a);
 }
