@@ -6,7 +6,9 @@
  * Attention: the pages of every layer in turn. Times are medians of 20 event-timed runs of the loop
  * below.
  *
- *   kernels_bench [moe] [decode] [prefill]      no argument: all
+ * Draws: bell-shaped logits. Small operations: as they stand in a decode pass, many in one graph.
+ *
+ *   kernels_bench [moe] [decode] [prefill] [sample] [small]      no argument: all
  */
 #include <cuda_runtime_api.h>
 #include <math.h>
@@ -376,6 +378,257 @@ static void bench_prefill(void)
     }
 }
 
+/* ---- draws ----------------------------------------------------------------------------------- */
+
+enum { VOCAB = 154880, N_IDS = 154856 };
+
+static void run_argmax(void *arg, int run)
+{
+    (void)run;
+    struct cu_sample_args *a = arg;
+    CHECK(cu_argmax(a->logits, a->id, a->T, a->V, a->n_valid, stream));
+}
+
+static void run_sample(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_sample(arg, stream));
+}
+
+/* Sums of uniform values, standard deviation about 3: the best of a row stands out by a few units.
+ */
+static float *bell_logits(size_t n)
+{
+    enum { CHUNK = 1 << 20 };
+    float *d = device(n * 4), *chunk = malloc(CHUNK * 4);
+    for (size_t i = 0; i < CHUNK; i++)
+        chunk[i] = (uniform() + uniform() + uniform() + uniform()) * 2.6f;
+    for (size_t at = 0; at < n;) {
+        size_t from = random_u32() % (CHUNK / 2), m = CHUNK - from < n - at ? CHUNK - from : n - at;
+        CHECK(cudaMemcpy(d + at, chunk + from, m * 4, cudaMemcpyHostToDevice));
+        at += m;
+    }
+    free(chunk);
+    return d;
+}
+
+static void bench_sample(void)
+{
+    enum { MOST = 512, ARRAYS = 64 };
+    const int sizes[] = {1, 8, 64, 256, 512};
+    const struct {
+        const char *name;
+        struct sample_row row;
+        int greedy, penalties;
+    } kinds[] = {
+        {"greedy, all rows", {.n_logprobs = -1}, 1, 0},
+        {"greedy row", {.n_logprobs = -1}, 0, 0},
+        {"temperature 1", {.temperature = 1, .top_p = 1, .n_logprobs = -1}, 0, 0},
+        {"top-p 0.95", {.temperature = 1, .top_p = 0.95f, .n_logprobs = -1}, 0, 0},
+        {"top-k 50, top-p 0.95",
+         {.temperature = 1, .top_p = 0.95f, .top_k = 50, .n_logprobs = -1},
+         0,
+         0},
+        {"min-p 0.05", {.temperature = 1, .top_p = 1, .min_p = 0.05f, .n_logprobs = -1}, 0, 0},
+        {"penalties",
+         {.temperature = 1, .top_p = 1, .presence = 0.5f, .repetition = 1.1f, .n_logprobs = -1},
+         0,
+         1},
+        {"logprobs 5", {.temperature = 1, .top_p = 1, .n_logprobs = 5}, 0, 0},
+    };
+    static struct sample_row rows[MOST];
+    struct cu_sample_args a = {.logits = bell_logits((size_t)MOST * VOCAB),
+                               .id = device(MOST * 4),
+                               .logprob = device(MOST * 4),
+                               .top_id = device(MOST * CU_SAMPLE_MAX_TOP * 4),
+                               .top_logprob = device(MOST * CU_SAMPLE_MAX_TOP * 4),
+                               .V = VOCAB,
+                               .n_valid = N_IDS,
+                               .max_top = CU_SAMPLE_MAX_TOP};
+    struct sample_row *dev_rows = device(sizeof(rows));
+    int32_t *count = device((size_t)ARRAYS * VOCAB * 4);
+    uint8_t *in_prompt = device((size_t)ARRAYS * VOCAB);
+    CHECK(cudaMemset(count, 0, (size_t)ARRAYS * VOCAB * 4));
+    CHECK(cudaMemset(in_prompt, 0, (size_t)ARRAYS * VOCAB));
+    a.rows = dev_rows;
+    printf("draws of %d ids: us (GB/s of logits) by rows\n%-22s", N_IDS, "");
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+        printf(" %14d", sizes[i]);
+    for (int k = -1; k < (int)(sizeof(kinds) / sizeof(kinds[0])); k++) {
+        printf("\n%-22s", k < 0 ? "argmax" : kinds[k].name);
+        for (int t = 0; t < MOST && k >= 0; t++) {
+            rows[t] = kinds[k].row;
+            rows[t].seed = (uint64_t)t;
+            rows[t].position = t;
+            if (kinds[k].penalties) {
+                rows[t].output_count = count + (size_t)(t % ARRAYS) * VOCAB;
+                rows[t].in_prompt = in_prompt + (size_t)(t % ARRAYS) * VOCAB;
+            }
+        }
+        a.greedy = k >= 0 && kinds[k].greedy;
+        CHECK(cudaMemcpy(dev_rows, rows, sizeof(rows), cudaMemcpyHostToDevice));
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+            a.T = sizes[i];
+            float us = time_us(k < 0 ? run_argmax : run_sample, &a);
+            printf(" %7.1f (%4.0f)", us, (double)a.T * VOCAB * 4 / us / 1e3);
+        }
+    }
+    printf("\n");
+    void *all[] = {(void *)a.logits, a.id,     a.logprob, a.top_id,
+                   a.top_logprob,    dev_rows, count,     in_prompt};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+        CHECK(cudaFree(all[i]));
+}
+
+/* ---- small operations ------------------------------------------------------------------------ */
+
+struct small {
+    struct cu_add_norm_args add;
+    struct cu_qkv_args qkv;
+    struct cu_rope_q_args rope;
+    struct cu_route_args route[2];
+    struct cu_moe_reduce_args reduce;
+};
+
+static void run_add(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_add_norm(&((struct small *)arg)->add, stream));
+}
+static void run_qkv(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_qkv_norm_write(&((struct small *)arg)->qkv, stream));
+}
+static void run_rope(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_rope_q(&((struct small *)arg)->rope, stream));
+}
+static void run_small_route(void *arg, int run)
+{
+    CHECK(cu_route(&((struct small *)arg)->route[run & 1], stream));
+}
+static void run_small_reduce(void *arg, int run)
+{
+    (void)run;
+    CHECK(cu_moe_reduce(&((struct small *)arg)->reduce, stream));
+}
+static void run_layer(void *arg, int run)
+{
+    run_qkv(arg, run);
+    run_rope(arg, run);
+    run_add(arg, run);
+    run_small_route(arg, run);
+    run_small_reduce(arg, run);
+}
+
+/* Microseconds of one of many calls of fn in a graph, the gaps between them included. */
+static float graph_us(void (*fn)(void *arg, int run), void *arg)
+{
+    enum { CALLS = 40 };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    float us[N_RUNS];
+    cudaEvent_t begin, end;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < CALLS; i++)
+        fn(arg, i);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    CHECK(cudaGraphLaunch(exec, stream));
+    for (int i = 0; i < N_RUNS; i++) {
+        CHECK(cudaEventRecord(begin, stream));
+        CHECK(cudaGraphLaunch(exec, stream));
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&us[i], begin, end));
+        us[i] *= 1000.f / CALLS;
+    }
+    qsort(us, N_RUNS, sizeof(us[0]), by_value);
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    return us[N_RUNS / 2];
+}
+
+static float *zeros(size_t n)
+{
+    float *p = device(n * 4);
+    CHECK(cudaMemset(p, 0, n * 4));
+    return p;
+}
+
+static void bench_small(void)
+{
+    enum { MOST = 512, LORA = 768 };
+    const int sizes[] = {1, 8, 16, 64, 128, 256, 512};
+    struct small s = {0};
+    int32_t *token_slot = device(MOST * (K + 1) * 4), *at = (int32_t *)zeros(MOST);
+    float *slot_weight = device(MOST * (K + 1) * 4), *residual = zeros((size_t)MOST * H);
+    uint16_t *norm = filled(8192, 1), *out = device((size_t)MOST * H * 2);
+    s.add = (struct cu_add_norm_args){.residual = residual,
+                                      .delta = zeros((size_t)MOST * H),
+                                      .w = norm,
+                                      .out = out,
+                                      .H = H,
+                                      .eps = 1e-5f};
+    s.qkv = (struct cu_qkv_args){.qkv = filled((size_t)MOST * (LORA + 576), 1),
+                                 .q_norm = norm,
+                                 .kv_norm = norm,
+                                 .position = at,
+                                 .slot_page = at,
+                                 .slot_row = at,
+                                 .q_a = device((size_t)MOST * LORA * 2),
+                                 .pool = device(64 * 576 * 2),
+                                 .q_lora = LORA,
+                                 .n_layers = 1,
+                                 .eps = 1e-5f,
+                                 .theta = 1e6f};
+    s.rope = (struct cu_rope_q_args){.q = filled((size_t)MOST * HEADS * 256, 1),
+                                     .absorbed = device((size_t)MOST * HEADS * 576 * 2),
+                                     .position = at,
+                                     .heads = HEADS,
+                                     .theta = 1e6f};
+    size_t work = cu_route_work_bytes(MOST, E, K);
+    for (int i = 0; i < 2; i++)
+        s.route[i] = (struct cu_route_args){.x = filled((size_t)MOST * H, 1),
+                                            .router = filled((size_t)E * H, 1.f / 32),
+                                            .bias = zeros(E),
+                                            .slot_token = device(MOST * (K + 1) * 4),
+                                            .slot_weight = slot_weight,
+                                            .token_slot = token_slot,
+                                            .expert_start = device((E + 2) * 4),
+                                            .work = (int32_t *)zeros(work / 4 + 1),
+                                            .H = H,
+                                            .E = E,
+                                            .k = K,
+                                            .scale = 1.8f};
+    s.reduce = (struct cu_moe_reduce_args){.y = filled((size_t)MOST * (K + 1) * H, 1.f / 1024),
+                                           .token_slot = token_slot,
+                                           .slot_weight = slot_weight,
+                                           .residual = residual,
+                                           .norm = norm,
+                                           .out = out,
+                                           .H = H,
+                                           .k = K,
+                                           .eps = 1e-5f};
+    printf("small operations in a graph: us each, and the five of a layer behind one another\n");
+    printf("%6s %9s %9s %9s %9s %9s %9s\n", "rows", "qkv", "rope_q", "add_norm", "route", "reduce",
+           "five");
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        int T = sizes[i];
+        s.add.T = s.qkv.T = s.rope.T = s.route[0].T = s.route[1].T = s.reduce.T = T;
+        run_small_route(&s, 0); // places for reduce
+        printf("%6d %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f\n", T, graph_us(run_qkv, &s),
+               graph_us(run_rope, &s), graph_us(run_add, &s), graph_us(run_small_route, &s),
+               graph_us(run_small_reduce, &s), graph_us(run_layer, &s));
+    }
+}
+
 int main(int argc, char **argv)
 {
     int n_devices = 0;
@@ -390,8 +643,12 @@ int main(int argc, char **argv)
     const struct {
         const char *name;
         void (*run)(void);
-    } parts[] = {{"moe", bench_moe}, {"decode", bench_decode}, {"prefill", bench_prefill}};
-    for (int p = 0; p < 3; p++) {
+    } parts[] = {{"moe", bench_moe},
+                 {"decode", bench_decode},
+                 {"prefill", bench_prefill},
+                 {"sample", bench_sample},
+                 {"small", bench_small}};
+    for (size_t p = 0; p < sizeof(parts) / sizeof(parts[0]); p++) {
         int wanted = argc < 2;
         for (int i = 1; i < argc; i++)
             wanted |= !strcmp(argv[i], parts[p].name);
