@@ -27,7 +27,7 @@ typedef uint16_t cu_bf16; /* bits of a bfloat16, as in kernels.h */
 /* These read weights before the kernels that precede them in the stream have ended: weights must
  * have been written before those kernels started. A row's results depend on nothing but the row.
  * T at most CU_DENSE_MAX_T, n_in a multiple of 8. */
-#define CU_DENSE_MAX_T 32
+#define CU_DENSE_MAX_T 16
 
 /* y = x w^T. */
 struct cu_dense_args {
@@ -38,7 +38,8 @@ struct cu_dense_args {
 };
 cudaError_t cu_dense(const struct cu_dense_args *a, cudaStream_t stream);
 
-/* cu_qkv_norm_write (whose q_a is not written here) and q = normed q_a w^T in one launch. */
+/* cu_qkv_norm_write (whose q_a is not written here) and q = normed q_a w^T in one launch. q_lora at
+ * most 1024. */
 struct cu_qkv_args;
 cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 *q, int n_out,
                          cudaStream_t stream);

@@ -1,4 +1,4 @@
-/* dense.cu: matrix products of at most 32 rows, bound by reading the weights.
+/* dense.cu: matrix products of at most 16 rows, bound by reading the weights.
  *
  * Weights take the 16-row side of m16n8k16 products, x the narrow one. A block owns some rows of w
  * and all their columns, so no sum crosses blocks: one producer thread streams the rows through a
@@ -29,6 +29,7 @@ using namespace hopper;
 #define MAX_STAGES   32
 #define SMEM_BYTES   (104 * 1024) /* two blocks fit a multiprocessor */
 #define AHEAD_STAGES 16           /* of weights into L2, beyond the ring */
+#define MAX_NORMED   1024         /* columns of x that a norm precedes */
 #define RED_PITCH    20           /* floats per token: 16 rows, spread over the banks */
 
 #define NOPE      192
@@ -76,7 +77,8 @@ __device__ __forceinline__ uint4 shared_16(uint32_t at)
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at));
+                 : "r"(at)
+                 : "memory");
     return v;
 }
 
@@ -145,10 +147,12 @@ __device__ void produce(ring r, const product &p, const CUtensorMap *w, int firs
     int n = (last - first) * p.n_steps, ahead = min(n, r.n_stages + AHEAD_STAGES);
     r.parity = 1; // a fresh stage is empty
     for (int i = 0, tile = first, step = 0, w_row = tile_w_row(p, first); i < n; i++) {
-        if (i == r.n_stages)
+        if (i == r.n_stages) {
+            launch::next_may_start(); // its weights queue behind these
             for (int j = i; j < ahead; j++)
                 tma_prefetch_2d(w, j % p.n_steps * STAGE_COLS,
                                 tile_w_row(p, first + j / p.n_steps));
+        }
         mbar_wait(r.empty + r.stage * 8, r.parity);
         mbar_arrive_expect(r.full + r.stage * 8, r.stage_bytes);
         tma_load_2d(r.base + r.stage * r.stage_bytes, w, r.full + r.stage * 8, step * STAGE_COLS,
@@ -160,116 +164,156 @@ __device__ void produce(ring r, const product &p, const CUtensorMap *w, int firs
             w_row = tile_w_row(p, tile);
         }
     }
-    launch::next_may_start();
+    if (n <= r.n_stages)
+        launch::next_may_start();
 }
 
 /* ---- consumers ---- */
 
-/* How x becomes an operand. */
-struct row_norm {
-    const cu_bf16 *w; // NULL: as it is
-    float eps;
+/* Reads x stage after stage, as the ring goes. */
+struct x_cursor {
+    const cu_bf16 *x; // this thread's row and columns, of the tile's head
+    int step, in_head, left;
 };
 
-/* scale[t] = 1 / rms of row t; a warp a row. */
-__device__ void row_scales(const product &p, float eps, float *scale)
+template <int N>
+__device__ __forceinline__ void x_load(x_cursor *c, const product &p, int row, int col,
+                                       uint4 (&ret)[N])
 {
-    int lane = threadIdx.x & 31;
-    for (int t = threadIdx.x >> 5; t < p.T; t += WARPS) {
+    int at = c->step * STAGE_COLS;
+    bool has = c->left > 0 && at + col < p.n_in;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        ret[n] = make_uint4(0, 0, 0, 0);
+        if (has && n * 8 + row < p.T)
+            ret[n] = *(const uint4 *)(c->x + (int64_t)n * 8 * p.x_row + at);
+    }
+    c->left--;
+    if (++c->step == p.n_steps) {
+        c->step = 0;
+        if (++c->in_head == p.tiles_per_head) {
+            c->in_head = 0;
+            c->x += p.x_head;
+        }
+    }
+}
+
+/* 1 / rms of rows n * 8 + row, from the parts of the rows that the warps hold. */
+template <int N, int DEPTH>
+__device__ __forceinline__ void row_scales(const product &p, float eps, const uint4 (&b)[DEPTH][N],
+                                           float *part, float (&ret)[N])
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
         float sum = 0;
-        for (int i = lane * 8; i < p.n_in; i += 256)
-            sum += squares(*(const uint4 *)(p.x + (int64_t)t * p.x_row + i));
-        sum = warp_sum(sum);
-        if (lane == 0)
-            scale[t] = rsqrtf(sum / (float)p.n_in + eps);
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++)
+            if (i < p.n_steps)
+                sum += squares(b[i][n]);
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if ((lane & 3) == 0)
+            part[warp * CU_DENSE_MAX_T + n * 8 + row] = sum;
     }
     named_sync(1, WARPS * 32);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            sum += part[w * CU_DENSE_MAX_T + n * 8 + row];
+        ret[n] = rsqrtf(sum / (float)p.n_in + eps);
+    }
+}
+
+/* The eight warps' sums of a tile together, and out. */
+template <int N, typename OUT>
+__device__ __forceinline__ void tile_store(const product &p, float *red_base, int tile,
+                                           const float (&acc)[N][4])
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
+    int head = tile / p.tiles_per_head, out = (tile - head * p.tiles_per_head) * p.tile_rows;
+    // two buffers: a warp that is a tile ahead writes to the other one
+    float *all = red_base + (tile & 1) * WARPS * red<N>::WARP_FLOATS;
+    float *mine = all + warp * red<N>::WARP_FLOATS;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            mine[(n * 8 + (lane & 3) * 2 + (j & 1)) * RED_PITCH + row + (j & 2) * 4] = acc[n][j];
+    named_sync(1, WARPS * 32);
+    int t = threadIdx.x / TILE_ROWS, o = threadIdx.x % TILE_ROWS;
+    if (t >= p.T || o >= p.tile_rows || out + o >= p.head_out)
+        return;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+        sum += all[w * red<N>::WARP_FLOATS + t * RED_PITCH + o];
+    OUT *y = (OUT *)p.y + (int64_t)t * p.y_row + (int64_t)head * p.y_head + out + o;
+    if constexpr (sizeof(OUT) == 4)
+        *y = sum;
+    else
+        *y = __float2bfloat16(sum);
 }
 
 /* N: groups of eight rows of x. */
 template <int N, bool NORM, typename OUT>
-__device__ void consume(ring r, const product &p, const row_norm &norm, float *red_base,
-                        const float *scale, int first, int last)
+__device__ void consume(ring r, const product &p, float eps, const uint4 *norm_w, float *part,
+                        float *red_base, int first, int last)
 {
-    constexpr int BATCH = 8 / N; // steps whose x is read at once
+    constexpr int DEPTH = 8 / N; // stages whose x is on its way
+    static_assert(N * 8 * TILE_ROWS <= WARPS * 32, "a thread an output");
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
-    int col = warp * 32 + (lane & 3) * 8;
-    float row_scale[N];
-    if (NORM) {
+    int col = warp * 32 + (lane & 3) * 8, n_stages = (last - first) * p.n_steps;
+    x_cursor c = {p.x + (int64_t)row * p.x_row + (int64_t)(first / p.tiles_per_head) * p.x_head + col,
+                  0, first % p.tiles_per_head, n_stages};
+    uint4 b[DEPTH][N];
+    float scale[N];
 #pragma unroll
-        for (int n = 0; n < N; n++)
-            row_scale[n] = n * 8 + row < p.T ? scale[n * 8 + row] : 0;
-    }
-    for (int tile = first; tile < last; tile++) {
-        int head = tile / p.tiles_per_head, out = (tile - head * p.tiles_per_head) * p.tile_rows;
-        const cu_bf16 *x = p.x + (int64_t)row * p.x_row + (int64_t)head * p.x_head + col;
-        float acc[N][4] = {};
-        for (int step = 0; step < p.n_steps; step += BATCH) {
-            uint4 b[BATCH][N];
+    for (int i = 0; i < DEPTH; i++)
+        x_load<N>(&c, p, row, col, b[i]);
+    if (NORM)
+        row_scales<N, DEPTH>(p, eps, b, part, scale);
+    bool is_kept = p.n_steps == DEPTH && p.x_head == 0; // every tile has the same x
+    float acc[N][4] = {};
+    for (int s = 0, step = 0, tile = first; s < n_stages; s += DEPTH) {
 #pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                int at = (step + i) * STAGE_COLS;
-                bool has = at + col < p.n_in;
+        for (int i = 0; i < DEPTH; i++) {
+            if (s + i >= n_stages)
+                break;
+            mbar_wait(r.full + r.stage * 8, r.parity);
+            // rows beyond the tile's are other bytes: they feed outputs that nobody stores
+            uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
+            uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES), g;
+            if (NORM)
+                g = norm_w[(step * STAGE_COLS + col) / 8];
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    b[i][n] = make_uint4(0, 0, 0, 0);
-                    if (has && n * 8 + row < p.T)
-                        b[i][n] = *(const uint4 *)(x + (int64_t)n * 8 * p.x_row + at);
-                }
-                if (NORM && has) {
-                    uint4 g = *(const uint4 *)(norm.w + at + col);
-#pragma unroll
-                    for (int n = 0; n < N; n++) {
-                        b[i][n].x = normed(b[i][n].x, row_scale[n], g.x);
-                        b[i][n].y = normed(b[i][n].y, row_scale[n], g.y);
-                        b[i][n].z = normed(b[i][n].z, row_scale[n], g.z);
-                        b[i][n].w = normed(b[i][n].w, row_scale[n], g.w);
-                    }
-                }
+            for (int n = 0; n < N; n++) {
+                uint4 v = b[i][n];
+                if (NORM)
+                    v = make_uint4(normed(v.x, scale[n], g.x), normed(v.y, scale[n], g.y),
+                                   normed(v.z, scale[n], g.z), normed(v.w, scale[n], g.w));
+                product_16x8(acc[n], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+                product_16x8(acc[n], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
             }
+            // a load may still queue behind those of x when the arrival is seen: the copy that
+            // overwrites the stage must not overtake it
+            fence_async();
+            __syncwarp();
+            if (lane == 0)
+                mbar_arrive(r.empty + r.stage * 8);
+            if (!is_kept)
+                x_load<N>(&c, p, row, col, b[i]);
+            ring_step(&r);
+            if (++step == p.n_steps) {
+                tile_store<N, OUT>(p, red_base, tile, acc);
 #pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                if (step + i >= p.n_steps)
-                    break;
-                mbar_wait(r.full + r.stage * 8, r.parity);
-                // rows beyond the tile's are other bytes: they feed outputs that nobody stores
-                uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
-                uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES);
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    product_16x8(acc[n], lo.x, hi.x, lo.y, hi.y, b[i][n].x, b[i][n].y);
-                    product_16x8(acc[n], lo.z, hi.z, lo.w, hi.w, b[i][n].z, b[i][n].w);
-                }
-                __syncwarp();
-                if (lane == 0)
-                    mbar_arrive(r.empty + r.stage * 8);
-                ring_step(&r);
+                for (int n = 0; n < N; n++)
+                    acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+                step = 0;
+                tile++;
             }
-        }
-
-        // two buffers: a warp that is a tile ahead writes to the other one
-        float *red_tile = red_base + (tile & 1) * WARPS * red<N>::WARP_FLOATS;
-        float *mine = red_tile + warp * red<N>::WARP_FLOATS;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                mine[(n * 8 + (lane & 3) * 2 + (j & 1)) * RED_PITCH + row + (j & 2) * 4] = acc[n][j];
-        named_sync(1, WARPS * 32);
-#pragma unroll
-        for (int i = threadIdx.x; i < N * 8 * TILE_ROWS; i += WARPS * 32) {
-            int t = i / TILE_ROWS, o = i % TILE_ROWS;
-            if (t >= p.T || o >= p.tile_rows || out + o >= p.head_out)
-                continue;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                sum += red_tile[w * red<N>::WARP_FLOATS + t * RED_PITCH + o];
-            OUT *y = (OUT *)p.y + (int64_t)t * p.y_row + (int64_t)head * p.y_head + out + o;
-            if constexpr (sizeof(OUT) == 4)
-                *y = sum;
-            else
-                *y = __float2bfloat16(sum);
         }
     }
 }
@@ -282,10 +326,12 @@ __device__ void kv_write(const cu_qkv_args &a, int t, float log2_theta)
     __shared__ float part[WARPS];
     int i = threadIdx.x;
     const uint32_t *from = (const uint32_t *)(a.qkv + (int64_t)t * (a.q_lora + HEAD_KV) + a.q_lora);
+    uint32_t w = i < LATENT / 2 ? ((const uint32_t *)a.kv_norm)[i] : 0;
+    launch::previous_done();
+    uint32_t v = from[i]; // 256 pairs of the latent, 32 of the key
     uint32_t *slot = (uint32_t *)(a.pool + (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 +
                                             a.slot_row[t]) *
                                                HEAD_KV);
-    uint32_t v = from[i]; // 256 pairs of the latent, 32 of the key
     if (i < LATENT / 2) {
         float2 f = unpack(v);
         float sum = warp_sum(f.x * f.x + f.y * f.y);
@@ -301,22 +347,21 @@ __device__ void kv_write(const cu_qkv_args &a, int t, float log2_theta)
     for (int w = 0; w < WARPS; w++)
         sum += part[w];
     float scale = rsqrtf(sum / (float)LATENT + a.eps);
-    slot[i] = normed(v, scale, ((const uint32_t *)a.kv_norm)[i]);
+    slot[i] = normed(v, scale, w);
 }
 
 /* ---- kernels ---- */
 
 template <int N, bool NORM, typename OUT>
-__global__ void __launch_bounds__(THREADS, N == 4 ? 1 : 2)
+__global__ void __launch_bounds__(THREADS, 2)
     dense_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ product p,
-                 const __grid_constant__ row_norm norm, const __grid_constant__ cu_qkv_args kv,
-                 float log2_theta)
+                 const __grid_constant__ cu_qkv_args kv, float log2_theta)
 {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
-    __shared__ float scale[CU_DENSE_MAX_T];
+    __shared__ float part[NORM ? WARPS * CU_DENSE_MAX_T : 1];
+    __shared__ uint4 norm_w[NORM ? MAX_NORMED / 8 : 1];
     if (NORM && (int)blockIdx.x >= p.n_blocks) {
-        launch::previous_done();
         kv_write(kv, blockIdx.x - p.n_blocks, log2_theta);
         return;
     }
@@ -331,6 +376,9 @@ __global__ void __launch_bounds__(THREADS, N == 4 ? 1 : 2)
         }
         mbar_init_fence();
     }
+    if (NORM)
+        for (int i = threadIdx.x; i < p.n_steps * STAGE_COLS / 8; i += THREADS)
+            norm_w[i] = i < p.n_in / 8 ? ((const uint4 *)kv.q_norm)[i] : make_uint4(0, 0, 0, 0);
     __syncthreads();
     if (threadIdx.x >= WARPS * 32) {
         if (threadIdx.x == WARPS * 32)
@@ -338,11 +386,9 @@ __global__ void __launch_bounds__(THREADS, N == 4 ? 1 : 2)
         return;
     }
     launch::previous_done();
-    if (NORM)
-        row_scales(p, norm.eps, scale);
     // behind the ring; what a tile of less than 16 rows reads beyond its last stage lies in here
     float *red_base = (float *)(smem + p.n_stages * stage_bytes);
-    consume<N, NORM, OUT>(r, p, norm, red_base, scale, first, last);
+    consume<N, NORM, OUT>(r, p, kv.eps, norm_w, part, red_base, first, last);
 }
 
 /* 64 columns of W_UK[h] a block, one tensor copy; warps are four sets of 16 columns by two halves
@@ -352,7 +398,7 @@ __global__ void __launch_bounds__(WARPS * 32)
     absorb_kernel(const __grid_constant__ CUtensorMap w, const __grid_constant__ cu_absorb_args a,
                   float log2_theta)
 {
-    constexpr int STEPS = NOPE / 16 / 2; // of a warp
+    constexpr int STEPS = NOPE / 32 / 2; // of a warp
     __shared__ __align__(1024) uint8_t tile[NOPE * 128];
     __shared__ float half_sum[4][N * 8][RED_PITCH];
     __shared__ uint64_t full;
@@ -380,31 +426,37 @@ __global__ void __launch_bounds__(WARPS * 32)
     launch::previous_done();
 
     int m = warp & 3, k0 = (warp >> 2) * (NOPE / 2);
-    uint32_t b[STEPS][N][2];
+    uint4 b[STEPS][N];
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
 #pragma unroll
         for (int n = 0; n < N; n++) {
             int t = n * 8 + (lane >> 2);
-            const uint32_t *x = (const uint32_t *)(a.q + ((int64_t)t * a.heads + head) * HEAD_Q + k0 +
-                                                   s * 16 + (lane & 3) * 2);
-            b[s][n][0] = t < a.T ? x[0] : 0;
-            b[s][n][1] = t < a.T ? x[4] : 0;
+            b[s][n] = make_uint4(0, 0, 0, 0);
+            if (t < a.T)
+                b[s][n] = *(const uint4 *)(a.q + ((int64_t)t * a.heads + head) * HEAD_Q + k0 + s * 32 +
+                                           (lane & 3) * 8);
         }
     mbar_wait(bar, 0);
     float acc[N][4] = {};
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        // four 8 x 8 matrices, rows of k: columns + 8 is the second, k + 8 the third
-        int k = k0 + s * 16 + (lane & 7) + (lane >> 4) * 8, chunk = m * 2 + ((lane >> 3) & 1);
-        uint32_t w0, w1, w2, w3;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
-                     : "r"(base + k * 128 + ((chunk ^ (k & 7)) << 4)));
+    for (int s = 0; s < STEPS; s++)
 #pragma unroll
-        for (int n = 0; n < N; n++)
-            product_16x8(acc[n], w0, w1, w2, w3, b[s][n][0], b[s][n][1]);
-    }
+        for (int j = 0; j < 2; j++) {
+            // four 8 x 8 matrices whose rows are those k that b has in the product's places 0..7
+            // (8..15 for the third and fourth); the second and fourth are 8 columns on
+            int k = k0 + s * 32 + ((lane >> 1) & 3) * 8 + (lane & 1) + (lane >> 4) * 2 + j * 4;
+            int chunk = m * 2 + ((lane >> 3) & 1);
+            uint32_t w0, w1, w2, w3;
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(w0), "=r"(w1), "=r"(w2), "=r"(w3)
+                         : "r"(base + k * 128 + ((chunk ^ (k & 7)) << 4))
+                         : "memory");
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                product_16x8(acc[n], w0, w1, w2, w3, j ? b[s][n].z : b[s][n].x,
+                             j ? b[s][n].w : b[s][n].y);
+        }
     int row = lane >> 2;
     if (k0) {
 #pragma unroll
@@ -464,8 +516,7 @@ bool cut(product *p, int heads)
 }
 
 template <int N, bool NORM, typename OUT>
-cudaError_t launch_rows(product *p, int heads, const cu_bf16 *w, const row_norm *norm,
-                        const cu_qkv_args *kv, cudaStream_t stream)
+cudaError_t launch_rows(product *p, int heads, const cu_bf16 *w, const cu_qkv_args *kv, cudaStream_t stream)
 {
     CUtensorMap map;
     uint64_t w_rows = (uint64_t)(heads - 1) * p->w_rows + p->head_out;
@@ -486,20 +537,18 @@ cudaError_t launch_rows(product *p, int heads, const cu_bf16 *w, const row_norm 
         return err;
     return launch::start(kernel, p->n_blocks + (NORM ? p->T : 0), THREADS,
                          (size_t)(p->n_stages * stage_bytes + red<N>::BYTES), 1, stream, map, *p,
-                         *norm, *kv, NORM ? log2f(kv->theta) : 0.f);
+                         *kv, NORM ? log2f(kv->theta) : 0.f);
 }
 
 template <bool NORM, typename OUT>
-cudaError_t launch_product(product *p, int heads, const cu_bf16 *w, const row_norm *norm, const cu_qkv_args *kv,
-                   cudaStream_t stream)
+cudaError_t launch_product(product *p, int heads, const cu_bf16 *w, const cu_qkv_args *kv,
+                           cudaStream_t stream)
 {
     if (!cut(p, heads))
         return cudaErrorInvalidValue;
     if (p->T <= 8)
-        return launch_rows<1, NORM, OUT>(p, heads, w, norm, kv, stream);
-    if (p->T <= 16)
-        return launch_rows<2, NORM, OUT>(p, heads, w, norm, kv, stream);
-    return launch_rows<4, NORM, OUT>(p, heads, w, norm, kv, stream);
+        return launch_rows<1, NORM, OUT>(p, heads, w, kv, stream);
+    return launch_rows<2, NORM, OUT>(p, heads, w, kv, stream);
 }
 
 } // namespace
@@ -514,10 +563,9 @@ cudaError_t cu_dense(const struct cu_dense_args *a, cudaStream_t stream)
     p.T = a->T;
     p.n_in = p.x_row = a->n_in;
     p.head_out = p.y_row = a->n_out;
-    row_norm none = {};
     cu_qkv_args no_kv = {};
-    return a->y_is_f32 ? launch_product<false, float>(&p, 1, a->w, &none, &no_kv, stream)
-                       : launch_product<false, __nv_bfloat16>(&p, 1, a->w, &none, &no_kv, stream);
+    return a->y_is_f32 ? launch_product<false, float>(&p, 1, a->w, &no_kv, stream)
+                       : launch_product<false, __nv_bfloat16>(&p, 1, a->w, &no_kv, stream);
 }
 
 cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 *q, int n_out,
@@ -525,6 +573,8 @@ cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 
 {
     if (a->T == 0)
         return cudaSuccess;
+    if (a->q_lora > MAX_NORMED)
+        return cudaErrorInvalidValue;
     product p = {};
     p.x = a->qkv;
     p.y = q;
@@ -532,8 +582,7 @@ cudaError_t cu_qkv_dense(const struct cu_qkv_args *a, const cu_bf16 *w, cu_bf16 
     p.n_in = a->q_lora;
     p.x_row = a->q_lora + HEAD_KV;
     p.head_out = p.y_row = n_out;
-    row_norm n = {a->q_norm, a->eps};
-    return launch_product<true, __nv_bfloat16>(&p, 1, w, &n, a, stream);
+    return launch_product<true, __nv_bfloat16>(&p, 1, w, a, stream);
 }
 
 cudaError_t cu_v_up(const struct cu_v_up_args *a, cudaStream_t stream)
@@ -549,9 +598,8 @@ cudaError_t cu_v_up(const struct cu_v_up_args *a, cudaStream_t stream)
     p.w_rows = HEAD_ROWS;
     p.x_row = a->heads * LATENT;
     p.y_row = a->heads * HEAD_V;
-    row_norm none = {};
     cu_qkv_args no_kv = {};
-    return launch_product<false, __nv_bfloat16>(&p, a->heads, a->kv_b + NOPE * LATENT, &none, &no_kv, stream);
+    return launch_product<false, __nv_bfloat16>(&p, a->heads, a->kv_b + NOPE * LATENT, &no_kv, stream);
 }
 
 cudaError_t cu_absorb(const struct cu_absorb_args *a, cudaStream_t stream)
@@ -562,7 +610,7 @@ cudaError_t cu_absorb(const struct cu_absorb_args *a, cudaStream_t stream)
     if (a->T < 0 || a->T > CU_DENSE_MAX_T || a->heads < 1 ||
         !tensor_map_2d(&map, a->kv_b, (uint64_t)a->heads * HEAD_ROWS, LATENT, LATENT, NOPE))
         return cudaErrorInvalidValue;
-    auto kernel = a->T <= 8 ? absorb_kernel<1> : a->T <= 16 ? absorb_kernel<2> : absorb_kernel<4>;
+    auto kernel = a->T <= 8 ? absorb_kernel<1> : absorb_kernel<2>;
     return launch::start(kernel, dim3(LATENT / 64 + 1, (unsigned)a->heads), WARPS * 32, 0, 1, stream,
                          map, *a, log2f(a->theta));
 }
