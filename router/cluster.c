@@ -65,6 +65,7 @@ enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
     sc.max_queued = (uint32_t)f->max_queued;
     sc.max_attempts = (uint32_t)f->max_attempts;
     sc.queue_timeout_us = seconds(f->queue_timeout_s);
+    sc.worker_wait_us = seconds(f->worker_wait_s);
     sc.prefill_timeout_us = seconds(f->prefill_timeout_s);
     sc.request_timeout_us = seconds(f->request_timeout_s);
     if (c->wanted.page_tokens)
@@ -127,7 +128,7 @@ size_t cluster_n_gens(const struct cluster *c) { return c->n_gens; }
 
 enum err cluster_admits(struct cluster *c, uint32_t n, int *ret_retry_after_s)
 {
-    enum err e = sched_admits(c->sched, n);
+    enum err e = sched_admits(c->sched, n, clock_now_us());
     if (e == ERR_OK)
         return ERR_OK;
     // Clients wait exactly as long as they are told, so not all of them the same time.

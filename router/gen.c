@@ -124,7 +124,7 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
                    void *user, struct gen **ret)
 {
     TRY(gen_check(c, p));
-    enum err e = sched_admits(c->sched, 1);
+    enum err e = sched_admits(c->sched, 1, clock_now_us());
     if (e != ERR_OK) {
         COUNT(c, refused, 1);
         return e;

@@ -40,6 +40,7 @@ const struct sched_config sched_config_default = {
     .queue_chunks = 4,
     .page_tokens = 64,
     .queue_timeout_us = 30000000,
+    .worker_wait_us = 30000000,
     .prefill_timeout_us = 120000000,
     .request_timeout_us = 600000000,
 };
@@ -108,6 +109,7 @@ struct sched {
         uint32_t p;
     } affinity[N_AFFINITY];
     struct sched_stats stats; // counters only
+    uint64_t left_us[3];      // by role: when a worker left last
 };
 
 static void attempt_over(struct sched *s, uint32_t i, enum err code, const char *text, bool suspect,
@@ -265,6 +267,7 @@ void sched_worker_remove(struct sched *s, uint32_t idx, bool died, uint64_t now_
     struct worker *w = &s->workers[idx];
     assert(idx < s->n_workers && w->present);
     w->present = false;
+    s->left_us[w->info.role] = now_us;
 
     for (uint32_t i = s->todo.first, next; i != SCHED_NONE; i = next) {
         struct req *r = &s->reqs[i];
@@ -302,7 +305,9 @@ void sched_worker_remove(struct sched *s, uint32_t idx, bool died, uint64_t now_
 
 /* -- requests -- */
 
-enum err sched_admits(const struct sched *s, uint32_t n)
+/* There is a worker of each role, or the last one left so recently that it is expected back: a
+ * supervised worker is there again within seconds. */
+static enum err roles_check(const struct sched *s, uint64_t now_us)
 {
     bool role[3] = {false};
     for (uint32_t i = 0; i < s->n_workers; i++) {
@@ -310,9 +315,17 @@ enum err sched_admits(const struct sched *s, uint32_t n)
         if (w->present && w->usable && !w->draining)
             role[w->info.role] = true;
     }
+    for (int r = 0; r < 3; r++)
+        role[r] |= s->left_us[r] && now_us - s->left_us[r] < s->config.worker_wait_us;
     if (!role[WIRE_PREFILL] || !role[WIRE_DECODE])
         return err_set(ERR_UNAVAILABLE, "no %s worker is there",
                        role[WIRE_PREFILL] ? "decode" : "prefill");
+    return ERR_OK;
+}
+
+enum err sched_admits(const struct sched *s, uint32_t n, uint64_t now_us)
+{
+    TRY(roles_check(s, now_us));
     if ((uint64_t)s->fresh.n + n > s->config.max_queued)
         return err_set(ERR_BUSY, "%u requests are waiting, the limit is %u", s->fresh.n,
                        s->config.max_queued);
@@ -594,15 +607,21 @@ static void clear_suspicion(struct sched *s, struct req *r)
 void sched_tick(struct sched *s, uint64_t now_us)
 {
     const struct sched_config *c = &s->config;
+    bool deserted = roles_check(s, now_us) != ERR_OK;
     for (uint32_t i = 0; i < s->n_slots; i++) {
         struct req *r = &s->reqs[i];
         const char *text = NULL;
+        enum err code = ERR_TIMEOUT;
         if (r->state == SCHED_FREE || r->state == SCHED_OVER)
             continue;
         if (now_us - r->arrival_us > c->request_timeout_us)
             text = "the request took longer than request_timeout_s";
-        else if (r->state == SCHED_QUEUED && !r->preempted &&
-                 now_us - r->queued_us > c->queue_timeout_us)
+        else if (r->state == SCHED_QUEUED && deserted &&
+                 now_us - r->queued_us > c->worker_wait_us) {
+            text = "no worker came back within worker_wait_s";
+            code = ERR_UNAVAILABLE;
+        } else if (r->state == SCHED_QUEUED && !r->preempted &&
+                   now_us - r->queued_us > c->queue_timeout_us)
             text = "no worker had room for the request within queue_timeout_s";
         else if (r->state == SCHED_PREFILL && now_us - r->attempt_us > c->prefill_timeout_us)
             text = "no token came within prefill_timeout_s";
@@ -613,11 +632,11 @@ void sched_tick(struct sched *s, uint64_t now_us)
 
         if (!text)
             continue;
-        s->stats.n_timeouts++;
+        s->stats.n_timeouts += code == ERR_TIMEOUT;
         if (r->state == SCHED_QUEUED)
             list_remove(s, queue_of(s, r), IN_QUEUE, i);
         release_and_cancel(s, i, SCHED_NONE);
-        fail(s, i, ERR_TIMEOUT, text);
+        fail(s, i, code, text);
     }
 }
 

@@ -39,6 +39,7 @@ struct sched_config {
     uint32_t queue_chunks;    // chunks queued at a P before requests wait here instead
     uint32_t page_tokens;
     uint64_t queue_timeout_us, prefill_timeout_us, request_timeout_us;
+    uint64_t worker_wait_us; // with no worker of a role left: how long one is expected back
 };
 extern const struct sched_config sched_config_default;
 
@@ -87,7 +88,7 @@ void sched_worker_beat(struct sched *s, uint32_t idx, const struct wire_beat *b,
 void sched_worker_remove(struct sched *s, uint32_t idx, bool died, uint64_t now_us);
 
 /* Would n new requests be queued? ERR_BUSY, ERR_UNAVAILABLE with a sentence. */
-MUST_CHECK enum err sched_admits(const struct sched *s, uint32_t n);
+MUST_CHECK enum err sched_admits(const struct sched *s, uint32_t n, uint64_t now_us);
 /* Longest prompt + output that some present worker of each role takes; UINT32_MAX if unknown. */
 uint32_t sched_max_total_tokens(const struct sched *s);
 

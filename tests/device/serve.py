@@ -2,6 +2,7 @@
 
   serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4; handoff on one
                                          GPU or, given two, from the first to the second
+  serve.py faults PREFIX [devices, flags] 10,000 handoffs, then workers killed in the middle of others
   serve.py flash PREFIX [devices, flags] full size, dummy weights: 512 requests of 300 + 200 tokens
   serve.py bench PREFIX [devices, workloads, flags]
                                          full size, dummy weights: baton bench's workloads by name
@@ -87,6 +88,63 @@ def demo(devices, flags):
     print("texts that differ between mtp-steps:", differ or "none")
     print("transport:", [line for line in cluster.log().splitlines() if "transport=" in line][:1])
     return failed + sum(CASES.get(n, {"min_margin": 0})["min_margin"] > MARGIN for n in differ)
+
+
+def all_of(cluster, names, watch=None):
+    """Asks for every case in names, 64 at a time; returns how many answers were wrong or missing, and the
+    longest wait for one."""
+    def one(name):
+        begin = time.monotonic()
+        try:
+            right = generate(cluster, CASES[name]["prompt"], len(CASES[name]["greedy_ids"])) == CASES[name]["greedy_ids"]
+        except Exception as e:
+            print("  ", name, repr(e)[:200])
+            right = False
+        return right, time.monotonic() - begin
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(one, n) for n in names]
+        if watch:
+            watch(answers)
+        answers = [a.result() for a in answers]
+    return sum(not right for right, _ in answers), max(t for _, t in answers)
+
+
+def faults(devices, flags):
+    """Handoffs by the thousand, then processes that are killed while prompts and pages are on their way."""
+    names = [n for n in CASES if CASES[n]["min_margin"] > MARGIN]
+    failed = 0
+    cluster = Cluster("--mtp-step", 2, "--max-total-token-num", 32768, "--prefix-cache", "off", *flags,
+                      topology=spread(devices))
+    try:
+        cluster.ready(60)
+        begin = time.monotonic()
+        n = int(os.environ.get("HANDOFFS", "10000"))
+        wrong, longest = all_of(cluster, [names[i % len(names)] for i in range(n)])
+        print(f"{n} handoffs in {time.monotonic() - begin:.1f} s: {wrong} wrong, longest answer {longest:.2f} s")
+        failed += wrong
+        for victim in ("decode-0", "prefill-0", "decode-0"):
+            def kill(answers):
+                while sum(a.done() for a in answers) < 100:
+                    time.sleep(0.01)
+                pid = cluster.kill(victim)
+                begin = time.monotonic()
+                cluster.wait_restarted(victim, pid, 30)
+                print(f"  {victim} killed, runs again after {time.monotonic() - begin:.2f} s")
+            wrong, longest = all_of(cluster, [names[i % len(names)] for i in range(600)], kill)
+            print(f"{victim} killed among 600 requests: {wrong} wrong, longest answer {longest:.2f} s")
+            failed += wrong
+        for line in cluster.get("/metrics")[2].splitlines():
+            if line.startswith("baton_handoff"):
+                print("  ", line)
+        for worker in cluster.workers:
+            print("  accounting", worker, json.dumps(cluster.admin(worker, "accounting")["pages"]))
+        ends = [line for line in cluster.log().splitlines() if "pair ended" in line or "damaged" in line or
+                "transport=" in line]
+        print("\n".join(ends[:12]))
+    finally:
+        cluster.process.terminate()
+        cluster.process.wait(30)
+    return failed
 
 
 def flash_dir():
@@ -211,4 +269,4 @@ if __name__ == "__main__":
     rest = sys.argv[3:]
     on = [a for a in rest if a == "cpu" or a.startswith("cuda:")] or ["cuda:0"]
     others = [a for a in rest if a not in on]
-    sys.exit({"demo": demo, "flash": flash, "bench": bench}[sys.argv[1]](on, others) > 0)
+    sys.exit({"demo": demo, "faults": faults, "flash": flash, "bench": bench}[sys.argv[1]](on, others) > 0)

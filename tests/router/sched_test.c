@@ -183,11 +183,12 @@ static void limits_of_workers_hold(void)
     sched_worker_remove(s, 1, false, now);
     sched_worker_remove(s, 2, false, now);
     sched_worker_remove(s, 3, false, now);
-    CHECK_INT(sched_admits(s, 1), ERR_UNAVAILABLE);
+    now += config.worker_wait_us;
+    CHECK_INT(sched_admits(s, 1, now), ERR_UNAVAILABLE);
     worker(0, WIRE_PREFILL, 1000, 2, 1000);
-    CHECK_INT(sched_admits(s, 1), ERR_UNAVAILABLE);
+    CHECK_INT(sched_admits(s, 1, now), ERR_UNAVAILABLE);
     worker(1, WIRE_DECODE, 1000, 3, 0);
-    CHECK_INT(sched_admits(s, 1), ERR_OK);
+    CHECK_INT(sched_admits(s, 1, now), ERR_OK);
     CHECK_INT(sched_max_total_tokens(s), 64000);
     uint32_t r[5];
     for (int i = 0; i < 5; i++)
@@ -346,16 +347,46 @@ static void attempts_are_bounded(void)
     sched_destroy(s);
 }
 
+/* A supervised worker is there again soon: requests wait for it, but not for ever. */
+static void the_last_worker_is_expected_back(void)
+{
+    set_up();
+    sched_worker_remove(s, 2, true, now);
+    CHECK_OK(sched_admits(s, 1, now)); // another decode worker is there
+    sched_worker_remove(s, 3, true, now);
+    CHECK_OK(sched_admits(s, 1, now));
+    uint32_t r = add(10, 10);
+    CHECK_INT(place_all(), 0);
+    now += config.worker_wait_us / 2;
+    sched_tick(s, now);
+    CHECK_INT(step(), -1);
+    worker(2, WIRE_DECODE, 1000, 3, 0);
+    CHECK_INT(place_all(), 1);
+    CHECK_INT(last.req, r);
+
+    sched_worker_remove(s, 2, false, now);
+    add(10, 10);
+    now += config.worker_wait_us;
+    CHECK_INT(sched_admits(s, 1, now), ERR_UNAVAILABLE);
+    now++;
+    sched_tick(s, now);
+    int failed = 0;
+    for (int what; (what = step()) != -1;)
+        failed += what == SCHED_FAIL && last.code == ERR_UNAVAILABLE;
+    CHECK_INT(failed, 2); // the one that was lost with its worker too
+    sched_destroy(s);
+}
+
 static void the_queue_is_bounded(void)
 {
     config.max_queued = 3;
     set_up();
     for (int i = 0; i < 3; i++)
         add(10, 10);
-    CHECK_INT(sched_admits(s, 1), ERR_BUSY);
+    CHECK_INT(sched_admits(s, 1, now), ERR_BUSY);
     CHECK_INT(place_all(), 3);
-    CHECK_INT(sched_admits(s, 3), ERR_OK);
-    CHECK_INT(sched_admits(s, 4), ERR_BUSY);
+    CHECK_INT(sched_admits(s, 3, now), ERR_OK);
+    CHECK_INT(sched_admits(s, 4, now), ERR_BUSY);
     sched_destroy(s);
     config = sched_config_default;
 }
@@ -390,6 +421,7 @@ int main(void)
     RUN(suspects_are_taken_one_by_one);
     RUN(a_preempted_request_counts_in_full);
     RUN(attempts_are_bounded);
+    RUN(the_last_worker_is_expected_back);
     RUN(the_queue_is_bounded);
     RUN(an_end_before_the_failure_was_told_silences_it);
     return check_done();

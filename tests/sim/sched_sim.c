@@ -350,7 +350,7 @@ static void arrive(struct world *w)
 {
     if (w->n_reqs == N_REQS)
         return;
-    enum err e = sched_admits(w->s, 1);
+    enum err e = sched_admits(w->s, 1, w->now);
     struct sched_stats s = sched_get_stats(w->s);
     if (e == ERR_BUSY)
         MUST(w, s.n_new == w->config.max_queued, "refused with %u waiting", s.n_new);
