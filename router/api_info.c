@@ -2,6 +2,7 @@
 #include "router/api_internal.h"
 
 #include <string.h>
+#include <time.h>
 
 #include "common/base/clock.h"
 
@@ -84,6 +85,7 @@ void api_get_page(struct api *a, struct http_exchange *x, const struct http_requ
 
 /* ---- models ---- */
 
+/* OpenAI's members and Anthropic's in one object: each SDK reads its own. */
 static void out_model(struct api *a, struct json_out *o)
 {
     const struct cluster_model *m = cluster_get_model(a->c.cluster);
@@ -92,7 +94,15 @@ static void out_model(struct api *a, struct json_out *o)
     json_out_fmt(o, ",\"object\":\"model\",\"created\":%llu,\"owned_by\":\"baton\",\"root\":",
                  (unsigned long long)a->created_s);
     out_text(o, m->name);
-    json_out_fmt(o, ",\"parent\":null,\"max_model_len\":%u}", m->max_total_tokens);
+    json_out_fmt(o, ",\"parent\":null,\"max_model_len\":%u,\"type\":\"model\",\"display_name\":",
+                 m->max_total_tokens);
+    out_text(o, m->name);
+    time_t created_s = (time_t)a->created_s;
+    struct tm tm;
+    char when[32];
+    gmtime_r(&created_s, &tm);
+    strftime(when, sizeof(when), "%Y-%m-%dT%H:%M:%SZ", &tm);
+    json_out_fmt(o, ",\"created_at\":\"%s\"}", when);
 }
 
 void api_get_models(struct api *a, struct http_exchange *x, const struct http_request *r)
@@ -100,7 +110,12 @@ void api_get_models(struct api *a, struct http_exchange *x, const struct http_re
     struct json_out o = {0};
     out_raw(&o, "{\"object\":\"list\",\"data\":[");
     out_model(a, &o);
-    out_raw(&o, "]}");
+    const char *name = cluster_get_model(a->c.cluster)->name;
+    out_raw(&o, "],\"has_more\":false,\"first_id\":");
+    out_text(&o, name);
+    out_raw(&o, ",\"last_id\":");
+    out_text(&o, name);
+    out_raw(&o, "}");
     answer_out(a, x, r, NULL, &o);
 }
 

@@ -249,14 +249,14 @@ static const char *block_type(const struct api_item *item)
                                              : "tool_use";
 }
 
-static void out_usage(const struct api_choice *choice, struct json_out *o)
+static void out_usage(const struct api_choice *choice, uint32_t n_output, struct json_out *o)
 {
     const struct gen_usage *u = &choice->usage;
     uint32_t n_cached = choice->ended ? u->n_cached : 0;
     json_out_fmt(o,
                  "{\"input_tokens\":%u,\"cache_creation_input_tokens\":0,"
                  "\"cache_read_input_tokens\":%u,\"output_tokens\":%u}",
-                 choice->prompt->n_ids - n_cached, n_cached, choice->n_tokens);
+                 choice->prompt->n_ids - n_cached, n_cached, n_output);
 }
 
 static void out_stop(const struct api_choice *choice, struct json_out *o)
@@ -289,10 +289,7 @@ static void messages_open(struct api_choice *choice)
     out_raw(o, "{\"type\":\"message_start\",\"message\":");
     out_message_begin(call, o);
     out_raw(o, "],\"stop_reason\":null,\"stop_sequence\":null,\"usage\":");
-    uint32_t n_tokens = choice->n_tokens;
-    choice->n_tokens = 0;
-    out_usage(choice, o);
-    choice->n_tokens = n_tokens;
+    out_usage(choice, 0, o);
     out_raw(o, "}}");
     api_line_end(call);
     o = api_event_begin(call, "ping");
@@ -379,7 +376,7 @@ static void messages_end(struct api_choice *choice, const struct gen_end *e)
     out_raw(o, "{\"type\":\"message_delta\",\"delta\":{");
     out_stop(choice, o);
     out_raw(o, "},\"usage\":");
-    out_usage(choice, o);
+    out_usage(choice, choice->n_tokens, o);
     out_raw(o, "}");
     api_line_end(call);
     o = api_event_begin(call, "message_stop");
@@ -417,7 +414,7 @@ static void messages_body(struct api_call *call, struct json_out *o)
     out_raw(o, "],");
     out_stop(choice, o);
     out_raw(o, ",\"usage\":");
-    out_usage(choice, o);
+    out_usage(choice, choice->n_tokens, o);
     out_raw(o, "}");
 }
 

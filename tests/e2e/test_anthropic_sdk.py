@@ -26,6 +26,13 @@ def create(client, messages=ASK, **kw):
                                      "extra_body": GREEDY, **kw})
 
 
+def test_models(client):
+    model, = client.models.list()
+    assert model.id == model.display_name == "demo-model" and model.type == "model"
+    assert model.created_at.year >= 2024
+    assert client.models.retrieve("demo-model").id == "demo-model"
+
+
 def test_message(client):
     m = create(client)
     assert (m.type, m.role, m.model, m.stop_reason, m.stop_sequence) == (

@@ -27,7 +27,8 @@ PROMPTS = [c["prompt"] for c in CASES.values()] + [
 SAMPLINGS = [
     {"do_sample": False},
     {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 11},
-    {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 4242},
+    {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 4242,
+     "presence_penalty": 0.5, "logit_bias": {"262": -4, "308": 2.5, "30": -100}},
 ]
 BODIES = [{"inputs": p, "parameters": {"max_new_tokens": N_TOKENS, "return_details": True, **s}}
           for p in PROMPTS for s in SAMPLINGS]
