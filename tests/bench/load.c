@@ -14,6 +14,7 @@
 #define TICK_MS         100 // looks for timeouts
 #define PROGRESS_TICKS  5
 #define MAX_ERROR_BYTES 4096
+#define SEND_AT_ONCE    32 // then answers are read before more is sent
 
 /* A request in flight. Kept for the next one when it is done. */
 struct call {
@@ -225,13 +226,15 @@ static void send_due(struct run *run)
     if (run->state.over)
         return;
     uint64_t now_us = since_start(run);
-    while (run->state.n_sent < l->len && run->state.n_in_flight < limit &&
+    size_t stop = run->state.n_sent + SEND_AT_ONCE;
+    while (run->state.n_sent < MIN(l->len, stop) && run->state.n_in_flight < limit &&
            l->due_us[run->state.n_sent] <= now_us)
         send_one(run, run->state.n_sent++);
     if (run->n_done == l->len) {
         end(run);
     } else if (run->state.n_sent < l->len && run->state.n_in_flight < limit) {
-        uint64_t wait_us = l->due_us[run->state.n_sent] - now_us;
+        uint64_t due_us = l->due_us[run->state.n_sent];
+        uint64_t wait_us = due_us > now_us ? due_us - now_us : 0;
         uv_update_time(run->due.loop);
         uv_timer_start(&run->due, on_due, (wait_us + 999) / 1000, 0);
     }

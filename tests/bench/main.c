@@ -175,7 +175,7 @@ static enum err show(const struct bench *b)
                             .data = b->data,
                             .label = o->label[0]      ? o->label
                                      : o->workload[0] ? o->workload
-                                                      : o->data,
+                                                      : basename(o->data),
                             .model = b->form.model ? b->form.model : "",
                             .prompt_hash = b->hash,
                             .wall_us = b->wall_us,

@@ -72,6 +72,8 @@ void output_table(FILE *f, const struct run_info *i)
     if (s->n_failed)
         fprintf(f, "requests failed                %12zu\n", s->n_failed);
     table_failures(f, i);
+    if (s->n_unfinished)
+        fprintf(f, "unfinished when interrupted    %12zu\n", s->n_unfinished);
     if (s->n_short)
         fprintf(f, "shorter than asked for         %12zu\n", s->n_short);
     fprintf(f, "duration                       %12.2f s\n", s->duration_s);
@@ -89,8 +91,7 @@ void output_table(FILE *f, const struct run_info *i)
         fprintf(f, "goodput                        %12.2f   requests/s within %s\n",
                 s->goodput_per_s, i->o->goodput);
     if (!i->o->max_concurrency && s->lag_p99_ms > 10)
-        fprintf(f, "sent late by (p99)             %12.1f ms: the generator was busy\n",
-                s->lag_p99_ms);
+        fprintf(f, "sent late by (p99)             %12.1f ms after they were due\n", s->lag_p99_ms);
     fprintf(f, "generator's CPU time           %12.2f s   %.0f %% of a core\n", i->cpu_s,
             s->duration_s > 0 ? 100 * i->cpu_s / s->duration_s : 0);
     fprintf(f, "\n%-8s %10s %10s %10s %10s %10s %10s\n", "ms", "mean", "p50", "p90", "p95", "p99",

@@ -79,6 +79,8 @@ class PacedServer:
             wait = began + self.ttft_s + i * self.itl_s - loop.time()
             if wait > 0 or self.itl_s == 0:
                 await asyncio.sleep(max(wait, 0))  # also lets the others have a turn
+            if writer.is_closing():
+                return False
             answer["end_us"] = loop.time() * 1e6
             answer["event_us"].append(answer["end_us"] - answer["sent_us"])
             event({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "paced", "choices": [
