@@ -7,7 +7,7 @@
 
 #include "common/base/own.h"
 
-#define SERIES_POINTS 200 // at most about that many intervals
+#define SERIES_POINTS 120 // at most about that many intervals
 
 static int compare(const void *a, const void *b)
 {
