@@ -125,6 +125,9 @@ static enum outcome judge(struct call *c, enum err why)
         return OUTCOME_BAD_STREAM;
     if (c->error_event)
         return OUTCOME_ERROR_EVENT;
+    if (r->n_events == 0 && r->finish[0] && r->output_tokens > 0 &&
+        record_add_event(r, r->end_us) != ERR_OK) // tokens without text: seen when they were over
+        return OUTCOME_NO_OUTPUT;
     return r->n_events ? OUTCOME_OK : OUTCOME_NO_OUTPUT;
 }
 

@@ -5,7 +5,8 @@
 
 It speaks /v1/completions (and /v1/models), sends max_tokens events of one token each, every one by
 itself, and after the last one usage and [DONE]. --itl-ms 0 sends as fast as it can. A prompt may ask for
-trouble: "status 503", "cut 3" (hang up after 3 events), "error 3" (an error event), "garbage 3", "silent".
+trouble: "status 503", "cut 3" (hang up after 3 events), "error 3" (an error event), "garbage 3", "silent" (no answer),
+"mute" (tokens without text: only the end is sent).
 """
 
 import argparse
@@ -83,8 +84,10 @@ class PacedServer:
                 return False
             answer["end_us"] = loop.time() * 1e6
             answer["event_us"].append(answer["end_us"] - answer["sent_us"])
+            if word == "mute" and i + 1 < n:
+                continue
             event({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "paced", "choices": [
-                {"index": 0, "text": f" word{i % 10}", "logprobs": None,
+                {"index": 0, "text": "" if word == "mute" else f" word{i % 10}", "logprobs": None,
                  "finish_reason": "length" if i + 1 == n else None}], "usage": None})
         if (body.get("stream_options") or {}).get("include_usage"):
             event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}})

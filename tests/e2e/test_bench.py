@@ -232,6 +232,15 @@ def test_failures_by_kind(tmp_path, prompt, kind, message):
     assert run["requests"][1]["outcome"] == "ok" and run["summary"]["total_output_tokens"] == 9
 
 
+def test_tokens_without_text(tmp_path):
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "mute", "output_tokens": 5}\n')
+    with Thread(PacedServer(ttft_s=0.05, itl_s=0.01).start) as t:
+        run = measured(t.url, tmp_path, "--data", data, "--num-prompts", 1, "--progress", "off")
+    assert run["summary"]["completed"] == 1 and run["summary"]["total_output_tokens"] == 5
+    assert run["summary"]["mean_ttft_ms"] == run["summary"]["mean_e2el_ms"] >= 90
+
+
 def test_nobody_listens(tmp_path):
     run = measured("http://127.0.0.1:1", tmp_path, "--model", "x", "--num-prompts", 2, *SMALL, code=1)
     assert run["summary"]["failures"] == {"could not connect": 2}
