@@ -308,7 +308,7 @@ static void check_paths(struct report *r, const struct gpus *g)
     }
     if (n_none)
         warn(r, "nvlink", "see nvidia-smi topo -p2p r; ACS or an IOMMU may forbid it",
-             "%d of %d pairs of GPUs cannot read each other, %s: KV pages go through host memory",
+             "%d of %d pairs of GPUs cannot read each other, %s: no direct handoff between them",
              n_none, n_paths, none);
     if (n_slow)
         warn(r, "nvlink", "see nvidia-smi nvlink -s, or choose GPUs that are linked",
