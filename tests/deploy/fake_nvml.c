@@ -1,4 +1,5 @@
-/* fake_nvml.c: a libnvidia-ml.so.1 whose GPUs come from the environment.
+/* fake_nvml.c: a libnvidia-ml.so.1 whose GPUs come from the environment. Types are those that
+ * gpus.c declares, to the letter: UBSan compares them at every call.
  *
  *   FAKE_GPUS   "CC,TOTAL_GIB,FREE_GIB,MODE,MIG;..."   one per GPU; bus ids are 0001:10:00.0, :11:
  * .. FAKE_LINKS  nvlink (default), pcie or none         between all of them FAKE_CUDA   12080
@@ -62,33 +63,36 @@ int nvmlDeviceGetCount_v2(unsigned *n)
     return 0;
 }
 
-int nvmlDeviceGetHandleByIndex_v2(unsigned idx, struct fake **g);
-int nvmlDeviceGetHandleByIndex_v2(unsigned idx, struct fake **g)
+int nvmlDeviceGetHandleByIndex_v2(unsigned idx, void **g);
+int nvmlDeviceGetHandleByIndex_v2(unsigned idx, void **g)
 {
     *g = &gpus[idx];
     return idx < n_gpus ? 0 : 2;
 }
 
-int nvmlDeviceGetName(struct fake *g, char *text, unsigned n);
-int nvmlDeviceGetName(struct fake *g, char *text, unsigned n)
+int nvmlDeviceGetName(void *device, char *text, unsigned n);
+int nvmlDeviceGetName(void *device, char *text, unsigned n)
 {
+    const struct fake *g = device;
     return snprintf(text, n, "Fake %d", g->idx) < 0;
 }
 
-int nvmlDeviceGetUUID(struct fake *g, char *text, unsigned n);
-int nvmlDeviceGetUUID(struct fake *g, char *text, unsigned n)
+int nvmlDeviceGetUUID(void *device, char *text, unsigned n);
+int nvmlDeviceGetUUID(void *device, char *text, unsigned n)
 {
+    const struct fake *g = device;
     return snprintf(text, n, "GPU-%02dabcdef", g->idx) < 0;
 }
 
-struct pci {
+struct nvml_pci {
     char legacy[16];
     unsigned domain, bus, device, device_id, subsystem_id;
     char bus_id[32];
 };
-int nvmlDeviceGetPciInfo_v3(struct fake *g, struct pci *pci);
-int nvmlDeviceGetPciInfo_v3(struct fake *g, struct pci *pci)
+int nvmlDeviceGetPciInfo_v3(void *device, struct nvml_pci *pci);
+int nvmlDeviceGetPciInfo_v3(void *device, struct nvml_pci *pci)
 {
+    const struct fake *g = device;
     const char *bus = getenv("FAKE_BUS");
     pci->domain = bus ? (unsigned)strtoul(bus, NULL, 16) : 1;
     if (bus)
@@ -96,39 +100,46 @@ int nvmlDeviceGetPciInfo_v3(struct fake *g, struct pci *pci)
     return snprintf(pci->bus_id, sizeof pci->bus_id, "00000001:%02X:00.0", 16 + g->idx) < 0;
 }
 
-int nvmlDeviceGetMemoryInfo(struct fake *g, unsigned long long *memory);
-int nvmlDeviceGetMemoryInfo(struct fake *g, unsigned long long *memory)
+struct nvml_memory {
+    unsigned long long total, free, used;
+};
+int nvmlDeviceGetMemoryInfo(void *device, struct nvml_memory *memory);
+int nvmlDeviceGetMemoryInfo(void *device, struct nvml_memory *memory)
 {
-    memory[0] = (unsigned long long)g->total_gib << 30;
-    memory[1] = (unsigned long long)g->free_gib << 30;
-    memory[2] = memory[0] - memory[1];
+    const struct fake *g = device;
+    memory->total = (unsigned long long)g->total_gib << 30;
+    memory->free = (unsigned long long)g->free_gib << 30;
+    memory->used = memory->total - memory->free;
     return 0;
 }
 
-int nvmlDeviceGetCudaComputeCapability(struct fake *g, int *major, int *minor);
-int nvmlDeviceGetCudaComputeCapability(struct fake *g, int *major, int *minor)
+int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor);
+int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor)
 {
+    const struct fake *g = device;
     *major = g->cc / 10;
     *minor = g->cc % 10;
     return 0;
 }
 
-int nvmlDeviceGetComputeMode(struct fake *g, int *mode);
-int nvmlDeviceGetComputeMode(struct fake *g, int *mode)
+int nvmlDeviceGetComputeMode(void *device, int *mode);
+int nvmlDeviceGetComputeMode(void *device, int *mode)
 {
+    const struct fake *g = device;
     *mode = g->mode;
     return 0;
 }
 
-int nvmlDeviceGetMigMode(struct fake *g, unsigned *now, unsigned *pending);
-int nvmlDeviceGetMigMode(struct fake *g, unsigned *now, unsigned *pending)
+int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *pending);
+int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *pending)
 {
+    const struct fake *g = device;
     *now = *pending = g->mig;
     return g->mig > 1 ? 3 : 0; // not supported
 }
 
-int nvmlDeviceGetP2PStatus(struct fake *a, struct fake *b, int what, int *status);
-int nvmlDeviceGetP2PStatus(struct fake *a, struct fake *b, int what, int *status)
+int nvmlDeviceGetP2PStatus(void *a, void *b, int what, int *status);
+int nvmlDeviceGetP2PStatus(void *a, void *b, int what, int *status)
 {
     const char *links = getenv("FAKE_LINKS");
     *status = 0;
