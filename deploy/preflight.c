@@ -170,31 +170,48 @@ static void check_model(struct report *r)
 
 /* ---- GPUs ---- */
 
-/* What baton_cuda.so needs, cuBLAS above all, must be found by the loader. */
-static void check_cuda_module(struct report *r)
+/* A module of the GPU workers: beside the programs, or in the build tree (see device.c). What it
+ * needs must be found by the loader. Returns NULL if all is well, else what is wrong, for the
+ * caller to free. */
+static char *module_problem(const struct report *r, const char *name, char path[4096])
 {
-    const char *exe = r->plan->procs[1].exe;
+    const char *exe = r->plan->procs[1].exe, *named = getenv("BATON_MODULE_DIR");
     int n = (int)(strrchr(exe, '/') - exe);
-    char path[4096];
-    snprintf(path, sizeof path, "%.*s/baton_cuda.so", n, exe);
-    if (access(path, F_OK))
-        snprintf(path, sizeof path, "%.*s/../common/engine/baton_cuda.so", n, exe);
-    const char *named = getenv("BATON_CUDA_MODULE");
     if (named && named[0])
-        snprintf(path, sizeof path, "%s", named);
-    if (access(path, F_OK)) {
-        fail(r, "cuda", "build where nvcc is: meson setup build -Dcuda=enabled",
-             "this build has no baton_cuda.so (%s)", path);
-        return;
-    }
-    // Lazily: its functions call those of the worker, which are not here.
-    void *module = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
-    if (module)
-        ok(r, "cuda", "%s and the libraries it needs", path);
+        snprintf(path, 4096, "%s/%s", named, name);
     else
+        snprintf(path, 4096, "%.*s/%s", n, exe, name);
+    if (access(path, F_OK))
+        snprintf(path, 4096, "%.*s/../common/engine/%s", n, exe, name);
+    if (access(path, F_OK))
+        return strdup("is not part of this build");
+    // Lazily: its functions call those of the worker, which are not here.
+    return dlopen(path, RTLD_LAZY | RTLD_LOCAL) ? NULL : strdup(dlerror());
+}
+
+static void check_modules(struct report *r)
+{
+    char path[4096];
+    OWNED_MEM char *cuda = module_problem(r, "baton_cuda.so", path);
+    if (cuda)
         fail(r, "cuda",
-             "install CUDA's runtime libraries (cuBLAS), or name them in LD_LIBRARY_PATH", "%s",
-             dlerror());
+             "build where nvcc is (-Dcuda=enabled); install CUDA's runtime libraries (cuBLAS), or "
+             "name their directory in LD_LIBRARY_PATH",
+             "baton_cuda.so: %s", cuda);
+    else
+        ok(r, "cuda", "%s and the libraries it needs", path);
+
+    const char *transport = setting(&r->plan->procs[1], "kv_transport", "BATON_KV_TRANSPORT");
+    if (transport[0] && strcmp(transport, "auto") && strcmp(transport, "nccl"))
+        return;
+    OWNED_MEM char *nccl = module_problem(r, "baton_nccl.so", path);
+    if (!nccl)
+        ok(r, "nccl", "%s and the libraries it needs", path);
+    else if (!strcmp(transport, "nccl"))
+        fail(r, "nccl", "build where NCCL is, and install libnccl2", "baton_nccl.so: %s", nccl);
+    else
+        warn(r, "nccl", "build where NCCL is, and install libnccl2; or --kv-transport ipc",
+             "baton_nccl.so: %s: handoffs by ipc, on this host only", nccl);
 }
 
 static void check_driver(struct report *r, const struct gpus *g)
@@ -332,7 +349,7 @@ static void check_gpus(struct report *r)
     struct gpus *g = malloc(sizeof *g);
     if (!g)
         return;
-    check_cuda_module(r);
+    check_modules(r);
     enum err e = gpus_read(getenv("CUDA_VISIBLE_DEVICES"), g);
     if (e) {
         fail(r, "driver",

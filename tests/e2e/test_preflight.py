@@ -33,11 +33,11 @@ PCI_DEVICE, CPUS = pci_device()
 @pytest.fixture
 def machine(tmp_path):
     """machine(*flags, gpus=[..], ...) -> the report of preflight as [(verdict, what, text)]."""
-    module = tmp_path / "baton_cuda.so"
-    shutil.copy(BUILD / "tests" / "deploy" / "libnvidia-ml.so.1", module)  # any library will do
+    for module in ("baton_cuda.so", "baton_nccl.so"):  # any library will do
+        shutil.copy(BUILD / "tests" / "deploy" / "libnvidia-ml.so.1", tmp_path / module)
 
     def run(*flags, gpus=None, env=None, command=(BATON, "preflight"), limits=(), port="0"):
-        settings = {**os.environ, "BATON_CUDA_MODULE": str(module), **(env or {})}
+        settings = {**os.environ, "BATON_MODULE_DIR": str(tmp_path), **(env or {})}
         if gpus is not None:
             settings["FAKE_GPUS"] = ";".join(gpus)
             settings["LD_LIBRARY_PATH"] = str(BUILD / "tests" / "deploy")
@@ -132,9 +132,19 @@ def test_driver(machine, env, says):
     assert any(v == "FAIL" and says in text for v, what, text in report if what == "driver"), report
 
 
-def test_no_driver_and_no_module(machine, tmp_path):
-    report = machine("--device", "cuda:0", env={"BATON_CUDA_MODULE": str(tmp_path / "none.so")})
-    assert ("FAIL", "cuda") in bad(report) and "libnvidia-ml" in text_of(report, "driver")
+def test_no_driver(machine):
+    report = machine("--device", "cuda:0")
+    assert "libnvidia-ml" in text_of(report, "driver"), report
+
+
+def test_modules_that_do_not_load(machine, tmp_path):
+    (tmp_path / "baton_cuda.so").write_text("not a library")
+    (tmp_path / "baton_nccl.so").write_text("not a library")
+    flags = ("--topology", TOPOLOGIES / "gpu-1p1d.json")
+    assert bad(machine(*flags, gpus=[H100] * 2)) == {("FAIL", "cuda"), ("warn", "nccl")}
+    report = machine(*flags, "--kv-transport", "nccl", gpus=[H100] * 2)
+    assert bad(report) == {("FAIL", "cuda"), ("FAIL", "nccl")} and "baton_nccl.so" in text_of(report, "nccl")
+    assert bad(machine(*flags, "--kv-transport", "ipc", gpus=[H100] * 2)) == {("FAIL", "cuda")}
 
 
 def test_port_taken(machine):

@@ -12,6 +12,9 @@ import pytest
 from cluster import BUILD, DEMO_MODEL, ROOT, SLOWER, wait
 
 SBATCH = ROOT / "deploy" / "slurm" / "baton.sbatch"
+IP = """#!/bin/sh
+[ "$*" = "-4 -o addr show dev lo" ] && echo "1: lo    inet 127.0.0.1/8 scope host lo"
+"""
 SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys
 args, options = sys.argv[1:], {}
@@ -41,7 +44,7 @@ def job(tmp_path):
     for name in ("router/baton-router", "prefill_worker/baton-prefill", "decode_worker/baton-decode",
                  "deploy/baton"):
         (tools / name.split("/")[1]).symlink_to(BUILD / name)
-    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")):
+    for name, text in (("srun", SRUN), ("ip", IP), ("scontrol", "#!/bin/sh\necho localhost\n")):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     processes = []
@@ -50,7 +53,7 @@ def job(tmp_path):
         settings = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
                     "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "3",
                     "ON_CPU": "1", "BATON_MODEL_DIR": str(DEMO_MODEL), "JOB_DIR": str(tmp_path),
-                    "BATON_IFNAME": "127.0.0.1", "BATON_THREADS": "1", "BATON_BIN_DIR": str(BUILD), **env}
+                    "BATON_IFNAME": "lo", "BATON_THREADS": "1", "BATON_BIN_DIR": str(BUILD), **env}
         log = tmp_path / "log"
         with open(log, "wb") as f:
             p = subprocess.Popen(["bash", SBATCH], stdout=f, stderr=f, env=settings, start_new_session=True)
