@@ -185,8 +185,7 @@ static char *module_problem(const struct report *r, const char *name, char path[
         snprintf(path, 4096, "%.*s/../common/engine/%s", n, exe, name);
     if (access(path, F_OK))
         return strdup("is not part of this build");
-    // Lazily: its functions call those of the worker, which are not here.
-    return dlopen(path, RTLD_LAZY | RTLD_LOCAL) ? NULL : strdup(dlerror());
+    return dlopen(path, RTLD_NOW | RTLD_LOCAL) ? NULL : strdup(dlerror());
 }
 
 static void check_modules(struct report *r)
