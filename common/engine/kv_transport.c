@@ -111,8 +111,9 @@ static enum err kind_check(const struct kind *k, enum wire_transport kind,
         return err_set(ERR_INVALID, "KV transport %d (%s) is not in this process", (int)kind,
                        kv_transport_name(kind));
     if (k->on_device != (kv_pool_get_config(c->pool)->device != NULL))
-        return err_set(ERR_INVALID, "KV transport %s moves pages in %s memory, ours are in %s",
-                       k->name, k->on_device ? "GPU" : "host", k->on_device ? "host" : "GPU");
+        return err_set(ERR_INVALID,
+                       "KV transport %s moves pages in %s memory, ours are in %s memory", k->name,
+                       k->on_device ? "GPU" : "host", k->on_device ? "host" : "GPU");
     return ERR_OK;
 }
 

@@ -1,5 +1,5 @@
-/* kv_transport_test.c: pages move whole and in order or the transfer fails, on both kinds, within a
- * process and between two, whoever dies, aborts or lies. */
+/* kv_transport_test.c: pages move whole and in order or the transfer fails, on all kinds of a
+ * CPU, within a process and between two, whoever dies, aborts or lies. */
 #include "common/engine/kv_transport.h"
 
 #include <arpa/inet.h>
@@ -17,9 +17,11 @@
 #include "common/base/failpoint.h"
 #include "common/base/hash.h"
 #include "common/base/log.h"
+#include "kv_aside.h"
 #include "kv_record.h"
 
 static enum wire_transport kind;
+static bool is_aside; // kv_aside.h took the place of tcp
 
 static uint64_t rng_state;
 static uint32_t rng(uint32_t n)
@@ -201,7 +203,7 @@ static uint32_t pages_of(uint64_t seq) { return 1 + (uint32_t)(hash_mix(seq + 99
 
 static void random_transfers_arrive_whole(void)
 {
-    enum { N = 2000 };
+    uint32_t N = is_aside ? 300 : 2000; // a connection each
     struct rig *t = malloc(sizeof(*t));
     rig_open(t, &small);
     struct end *s = calloc(1, sizeof(*s)), *r = calloc(1, sizeof(*r));
@@ -335,7 +337,7 @@ static void rig_receive_from(struct rig *t, struct child *c, const struct geomet
 
 static void transfers_between_processes_arrive_whole(void)
 {
-    enum { N = 2000 };
+    uint32_t N = is_aside ? 300 : 2000; // a connection each
     struct child c = child_start(small_sender_process);
     struct rig *t = malloc(sizeof(*t));
     rig_receive_from(t, &c, &small);
@@ -818,7 +820,7 @@ static void a_lying_sender_gets_nothing_done(void)
 /* A receiver that acknowledges what was not sent. */
 static void a_lying_receiver_is_noticed(void)
 {
-    static const uint64_t acks[][2] = {{1, 0}, {0, 1ull << 32}, {0, ERR_PROTO}};
+    static const uint64_t acks[][2] = {{1, 0}, {0, 7ull << 32}, {0, ERR_PROTO}, {1, 1ull << 32}};
     for (size_t i = 0; i < ARRAY_LEN(acks); i++) {
         struct sockaddr_un local = {.sun_family = AF_UNIX, .sun_path = "\0baton-test-liar"};
         struct sockaddr_in net = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
@@ -851,12 +853,57 @@ static void a_lying_receiver_is_noticed(void)
         bytes_read(fd, &hello, sizeof(hello));
         uint32_t welcome[2] = {0x31564b42u, ERR_OK};
         bytes_write(fd, welcome, sizeof(welcome));
+        if (is_aside)
+            bytes_write(fd, aside_greeting, sizeof(aside_greeting));
         struct head head;
         bytes_read(fd, &head, offsetof(struct head, indexes));
         bytes_write(fd, acks[i], sizeof(acks[i]));
         CHECK_INT(record_wait(&r, 1), ERR_PROTO);
         close(fd);
         close(listener);
+    }
+}
+
+/* A sender that has not said that it sent everything has not, whatever arrived. */
+static void content_counts_when_the_sender_says_so(void)
+{
+    enum { SENT, NOT_SENT, OTHER_SEQ, NOT_OK, SILENT, N_CASES };
+    static const uint64_t notes[][2] = {
+        {0, 2ull << 32}, {0, 0}, {1, 2ull << 32}, {0, 2ull << 32 | ERR_ABORTED}};
+    for (int i = 0; i < N_CASES; i++) {
+        struct rig *t = malloc(sizeof(*t));
+        rig_listen(t, &small);
+        page_fill(t->from, 0, 0, 0);
+        struct hello hello = hello_of(t);
+        struct head head = {.page_bytes = kv_pool_page_bytes(t->from), .n_pages = 1};
+        int fd = stranger_connect(t->address);
+        CHECK_OK(kv_pair_post(t->receiver, 0, all_pages, 1));
+        bytes_write(fd, &hello, sizeof(hello));
+        uint32_t welcome[2];
+        char greeting[sizeof(aside_greeting)], address[WIRE_MAX_ADDRESS];
+        uint64_t ready[2];
+        bytes_read(fd, welcome, sizeof(welcome));
+        bytes_read(fd, greeting, sizeof(greeting));
+        bytes_write(fd, &head, offsetof(struct head, indexes));
+        bytes_read(fd, ready, sizeof(ready));
+        CHECK_INT(ready[0], 0);
+        CHECK_INT(ready[1], 1ull << 32);
+        bytes_read(fd, address, sizeof(address));
+        int side = aside_connect_to(address);
+        REQUIRE(side >= 0);
+        bytes_write(side, kv_pool_page(t->from, 0), kv_pool_page_bytes(t->from));
+        wait_for_first_page(t);
+        if (i != SILENT)
+            bytes_write(fd, notes[i], sizeof(notes[i]));
+        else
+            shutdown(fd, SHUT_RDWR);
+        enum err e = record_wait(&t->received, 1);
+        CHECK_INT(e, i == SENT ? ERR_OK : i == SILENT ? ERR_PEER_LOST : ERR_PROTO);
+        CHECK(page_is(t->to, 0, 0, 0)); // it had all arrived
+        close(side);
+        close(fd);
+        rig_close(t);
+        free(t);
     }
 }
 
@@ -999,6 +1046,75 @@ static void names_and_choice(void)
     CHECK(kv_host_id() == kv_host_id());
 }
 
+/* What a registered kind was called with. */
+static char called_with[WIRE_MAX_ADDRESS];
+
+static enum err fake_listen(const struct kv_pair_config *c, const char *where,
+                            char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret)
+{
+    snprintf(called_with, sizeof(called_with), "%s", where);
+    return ERR_BUSY;
+}
+
+static enum err fake_connect(const struct kv_pair_config *c, const char *address,
+                             struct kv_pair **ret)
+{
+    snprintf(called_with, sizeof(called_with), "%s", address);
+    return ERR_BUSY;
+}
+
+/* A device whose memory is the heap. */
+static enum err heap_alloc(struct device *d, uint64_t bytes, struct device_memory *ret)
+{
+    *ret = (struct device_memory){.base = calloc(1, bytes), .bytes = bytes, .fd = -1};
+    return ret->base ? ERR_OK : err_set(ERR_NOMEM, "heap");
+}
+
+static void heap_release(struct device *d, struct device_memory *m) { free(m->base); }
+
+static const struct device_ops heap_ops = {.alloc = heap_alloc, .release = heap_release};
+
+/* Last: there is no way back. */
+static void registered_kinds_are_there(void)
+{
+    uint32_t bits = 0, all = WIRE_KV_IPC | WIRE_KV_NCCL;
+    CHECK_INT(kv_transports_parse("nccl", true, &bits), ERR_INVALID);
+    CHECK_STR(err_text(ERR_INVALID),
+              "--kv-transport nccl: with pages in GPU memory it is one of auto, ipc");
+    kv_transport_register(WIRE_KV_NCCL, fake_listen, fake_connect);
+    kv_transport_register(WIRE_KV_IPC, fake_listen, fake_connect);
+    CHECK_OK(kv_transports_parse("auto", true, &bits));
+    CHECK_INT(bits, all);
+    CHECK_OK(kv_transports_parse("nccl", true, &bits));
+    CHECK_INT(bits, WIRE_KV_NCCL);
+    CHECK_INT(kv_transports_parse("nccl", false, &bits), ERR_INVALID);
+    CHECK_INT(kv_transport_choose(all, all, true), WIRE_KV_IPC);
+    CHECK_INT(kv_transport_choose(all, all, false), WIRE_KV_NCCL);
+    CHECK_INT(kv_transport_choose(all, WIRE_KV_NCCL, true), WIRE_KV_NCCL);
+
+    struct device gpu = {.ops = &heap_ops};
+    struct kv_pool_config g = {.n_pages = 1, .n_layers = 1, .kv_width = 1, .dtype_bytes = 2};
+    OWNED(kv_pool) host = NULL;
+    OWNED(kv_pool) device = NULL;
+    CHECK_OK(kv_pool_create(&g, &host));
+    g.device = &gpu;
+    CHECK_OK(kv_pool_create(&g, &device));
+    struct kv_pair_config on_host = {.pool = host}, on_device = {.pool = device};
+    struct kv_pair *p = NULL;
+    char address[WIRE_MAX_ADDRESS];
+    CHECK_INT(kv_pair_listen(WIRE_KV_NCCL, &on_device, "host", "peer", address, &p), ERR_BUSY);
+    CHECK_STR(called_with, "host");
+    CHECK_INT(kv_pair_listen(WIRE_KV_IPC, &on_device, "host", "peer", address, &p), ERR_BUSY);
+    CHECK_STR(called_with, "peer");
+    CHECK_INT(kv_pair_connect(WIRE_KV_NCCL, &on_device, "there", &p), ERR_BUSY);
+    CHECK_STR(called_with, "there");
+    CHECK_INT(kv_pair_connect(WIRE_KV_IPC, &on_host, "", &p), ERR_INVALID);
+    CHECK_INT(kv_pair_connect(WIRE_KV_TCP, &on_device, "127.0.0.1:1", &p), ERR_INVALID);
+    CHECK_STR(err_text(ERR_INVALID),
+              "KV transport tcp moves pages in host memory, ours are in GPU memory");
+    CHECK_INT(kv_pair_listen(WIRE_KV_SHM, &on_device, "", "/x", address, &p), ERR_INVALID);
+}
+
 static int count_files(const char *folder, const char *prefix)
 {
     DIR *d = opendir(folder);
@@ -1019,10 +1135,13 @@ int main(void)
     for (uint32_t i = 0; i < ARRAY_LEN(all_pages); i++)
         all_pages[i] = i % small.n_pages;
     RUN(names_and_choice);
-    static const enum wire_transport kinds[] = {WIRE_KV_SHM, WIRE_KV_TCP};
+    static const enum wire_transport kinds[] = {WIRE_KV_SHM, WIRE_KV_TCP, WIRE_KV_TCP};
     for (size_t i = 0; i < ARRAY_LEN(kinds); i++) {
         kind = kinds[i];
-        printf("%s:\n", kv_transport_name(kind));
+        is_aside = i == 2;
+        if (is_aside)
+            kv_transport_register(kind, aside_listen, aside_connect);
+        printf("%s:\n", is_aside ? "aside" : kv_transport_name(kind));
         int n_fds = count_files("/proc/self/fd", "");
         RUN(transfers_between_processes_arrive_whole);
         RUN(random_transfers_arrive_whole);
@@ -1036,6 +1155,8 @@ int main(void)
         RUN(strangers_do_not_disturb);
         RUN(a_lying_sender_gets_nothing_done);
         RUN(a_lying_receiver_is_noticed);
+        if (is_aside)
+            RUN(content_counts_when_the_sender_says_so);
         RUN(different_geometry_is_refused);
         RUN(impossible_posts_are_refused);
         RUN(impossible_addresses_are_refused);
@@ -1047,5 +1168,6 @@ int main(void)
         CHECK_INT(count_files("/proc/self/fd", ""), n_fds);
         CHECK_INT(count_files("/dev/shm", source_name() + 1), 0);
     }
+    RUN(registered_kinds_are_there);
     return check_done();
 }
