@@ -40,7 +40,7 @@
 #include "common/engine/kv_pair.h"
 
 #define INIT_US    15000000u /* communicator, then first transfer */
-#define END_US     5000000u  /* abort */
+#define END_US     5000000u  /* abort; freeing memory may wait for another pair that stalls */
 #define LOOK_US    100000u   /* between two looks at a transfer's errors */
 #define NAP_US     20u       /* while NCCL launches, */
 #define N_NAPS     100       /* that often; then a millisecond */
@@ -50,7 +50,7 @@
 #define SELF       0 /* the only rank of a loopback */
 #define DEFAULTS                                                                                   \
     {                                                                                              \
-        .max_ctas = 4, .stall_us = 5000000                                                         \
+        .max_ctas = 4, .stall_us = 3000000                                                         \
     }
 
 struct kv_nccl {

@@ -20,7 +20,7 @@ struct kv_nccl_options {
                                   pool at this address. NULL: two ranks */
 };
 
-/* Default: 4 CTAs, no registration, high priority, 5 s. */
+/* Default: 4 CTAs, no registration, high priority, 3 s. */
 struct kv_nccl_options kv_nccl_default(void);
 /* For pairs made from now on. ERR_INVALID names the option that is out of range. */
 MUST_CHECK enum err kv_nccl_configure(const struct kv_nccl_options *o);
