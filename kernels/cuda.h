@@ -116,7 +116,7 @@ struct cu_moe_reduce_args {
 };
 cudaError_t cu_moe_reduce(const struct cu_moe_reduce_args *a, cudaStream_t stream);
 
-/* ---- attention over pages (kernels/mla_decode.cu, kernels/mla_prefill.cu) ---- */
+/* ---- attention over pages (kernels/mla_decode.cu, mla_few.cu, mla_prefill.cu) ---- */
 
 /* Absorbed form: out[r, h] = sum_j softmax((q[r,h] . kv[j]) * scale)_j * kv[j][0..512). A sequence
  * has q_rows rows (1 + drafts), row i sees n_ctx[s] - q_rows + 1 + i slots. */
@@ -133,6 +133,11 @@ struct cu_mla_decode_args {
 };
 cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t stream);
 size_t cu_mla_decode_work_bytes(int max_S, int max_q_rows, int heads, int max_ctx);
+
+/* The same for few sequences with short contexts. Reads n_ctx, block_table and the pages' slots but
+ * the last before the kernels that precede it in the stream have ended. Needs no work. */
+int cu_mla_few_fits(const struct cu_mla_decode_args *a);
+cudaError_t cu_mla_few(const struct cu_mla_decode_args *a, cudaStream_t stream);
 
 /* Ragged rows, expanded form: k = [W_UK c, k_rope], v = W_UV c are given for each sequence's slots,
  * packed. Row i of sequence s (n of them) sees kv_len[s] - n + 1 + i slots. */

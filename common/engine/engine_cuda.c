@@ -528,7 +528,10 @@ static enum err attention_absorbed(struct engine_cuda *c, const struct shape *s,
         .max_ctx = s->max_ctx,
         .scale = 1.f / 16,
     };
-    CUDA(cu_mla_decode(&a, c->stream));
+    if (cu_mla_few_fits(&a))
+        CUDA(cu_mla_few(&a, c->stream));
+    else
+        CUDA(cu_mla_decode(&a, c->stream));
     if (is_few(T, MLA_LATENT)) {
         struct cu_v_up_args v_up = {c->latent_out, kv_b, c->attention, T, heads};
         CUDA(cu_v_up(&v_up, c->stream));

@@ -31,6 +31,7 @@ enum {
     HEAD_ROWS = NOPE + HEAD_V,
     N_RUNS = 11,
     CTX = 512,
+    MAX_CTX = 1024,
     LAYERS = 12 /* of the chain */
 };
 #define BLOCK (1u << 22) /* values of the random block that everything is filled with */
@@ -548,10 +549,10 @@ static struct cu_mla_decode_args attention_of(const struct chain *c)
                                        .S = c->T,
                                        .q_rows = 1,
                                        .heads = HEADS,
-                                       .n_pages = MAX_T * CTX / 64,
+                                       .n_pages = MAX_T * MAX_CTX / 64,
                                        .n_layers = 1,
-                                       .max_pages = CTX / 64,
-                                       .max_ctx = CTX,
+                                       .max_pages = MAX_CTX / 64,
+                                       .max_ctx = MAX_CTX,
                                        .scale = 1.f / 16};
 }
 
@@ -594,7 +595,7 @@ static void run_chain(void *arg, int run)
         wait_if(c);
         CHECK(cu_absorb(&absorb, stream));
         wait_if(c);
-        CHECK(cu_mla_decode(&mla, stream));
+        CHECK(cu_mla_few(&mla, stream));
         wait_if(c);
         CHECK(cu_v_up(&v_up, stream));
         wait_if(c);
@@ -610,7 +611,7 @@ static void run_attention(void *arg, int run)
     struct chain *c = arg;
     struct cu_mla_decode_args mla = attention_of(c);
     (void)run;
-    CHECK(cu_mla_decode(&mla, stream));
+    CHECK(c->by_blas ? cu_mla_decode(&mla, stream) : cu_mla_few(&mla, stream));
 }
 
 static void run_add_norm(void *arg, int run)
@@ -655,6 +656,62 @@ static void check_chain(struct chain *c, const uint16_t *x)
     free(want);
 }
 
+/* Alone, the kernel of large batches and that of small ones. */
+static void attention_times(struct chain *c)
+{
+    c->by_blas = 1;
+    double many = time_us(run_attention, c, 48);
+    c->by_blas = 0;
+    printf("T = %2d: attention alone, mla_decode %.1f, mla_few %.1f, add and norm %.1f\n", c->T,
+           many, time_us(run_attention, c, 48), time_us(run_add_norm, c, 48));
+}
+
+/* mla_few against mla_decode, at contexts from one slot to the most it does. Both round their
+ * probabilities to bf16, about different maxima. */
+static void check_attention(struct chain *c)
+{
+    static const int lengths[] = {1, 2, 63, 64, 65, 127, 128, 511, 512, 513, 640, 1000, 1023, 1024};
+    size_t values = (size_t)MAX_T * HEADS * LATENT;
+    int32_t *n_ctx = to_host(c->n_ctx, MAX_T * 4), was[MAX_T], n_bad = 0;
+    memcpy(was, n_ctx, sizeof(was));
+    double worst = 0;
+    uint16_t *q = filled(MAX_T * HEADS * HEAD_KV, 1);
+    for (int first = 0; first < 14; first += 7) {
+        for (int t = 0; t < MAX_T; t++)
+            n_ctx[t] = lengths[(first + t) % 14];
+        CHECK(cudaMemcpy(c->n_ctx, n_ctx, sizeof(was), cudaMemcpyHostToDevice));
+        uint16_t *pool = filled((size_t)MAX_T * MAX_CTX * HEAD_KV, 1);
+        for (int t = 0; t < MAX_T; t++) // what a sequence does not see is NaN
+            CHECK(cudaMemset(pool + ((size_t)t * MAX_CTX + (size_t)n_ctx[t]) * HEAD_KV, 0xff,
+                             (size_t)(MAX_CTX - n_ctx[t]) * HEAD_KV * 2));
+        c->T = MAX_T;
+        struct cu_mla_decode_args mla = attention_of(c);
+        mla.q = q;
+        mla.pool = pool;
+        CHECK(cudaMemset(c->latent, 0xff, values * 2));
+        CHECK(cudaDeviceSynchronize());
+        CHECK(cu_mla_decode(&mla, stream));
+        uint16_t *want = to_host(c->latent, values * 2);
+        CHECK(cudaMemset(c->latent, 0xff, values * 2));
+        CHECK(cudaDeviceSynchronize());
+        CHECK(cu_mla_few(&mla, stream));
+        uint16_t *got = to_host(c->latent, values * 2);
+        for (size_t i = 0; i < values; i++) {
+            double off = fabs(from_bf16(got[i]) - from_bf16(want[i])) /
+                         (0.003 + fabs(from_bf16(want[i])) / 128);
+            n_bad += !(off <= 1);
+            worst = fmax(worst, isfinite(off) ? off : INFINITY);
+        }
+        free(want);
+        free(got);
+        CHECK(cudaFree(pool));
+    }
+    CHECK(cudaMemcpy(c->n_ctx, was, sizeof(was), cudaMemcpyHostToDevice));
+    CHECK(cudaFree(q));
+    free(n_ctx);
+    verdict("mla_few against mla_decode", MAX_T, n_bad, worst);
+}
+
 static void bench_chain(void)
 {
     struct chain c = {.norm_w = filled(H, 1)};
@@ -664,14 +721,14 @@ static void bench_chain(void)
         c.kv_b[l] = filled((size_t)HEADS * HEAD_ROWS * LATENT, 1.f / 32);
         c.o[l] = filled((size_t)HEADS * HEAD_V * H, 1.f / 32);
     }
-    int32_t position[MAX_T], page[MAX_T], row[MAX_T], n_ctx[MAX_T], table[MAX_T * CTX / 64];
+    int32_t position[MAX_T], page[MAX_T], row[MAX_T], n_ctx[MAX_T], table[MAX_T * MAX_CTX / 64];
     for (int t = 0; t < MAX_T; t++) {
         position[t] = CTX - 1;
-        page[t] = t * CTX / 64 + CTX / 64 - 1;
+        page[t] = t * MAX_CTX / 64 + CTX / 64 - 1;
         row[t] = 63;
         n_ctx[t] = CTX;
     }
-    for (int i = 0; i < MAX_T * CTX / 64; i++)
+    for (int i = 0; i < MAX_T * MAX_CTX / 64; i++)
         table[i] = i;
     c.position = to_device(position, sizeof(position));
     c.page = to_device(page, sizeof(page));
@@ -685,10 +742,10 @@ static void bench_chain(void)
     c.absorbed = device((size_t)MAX_T * HEADS * HEAD_KV * 2);
     c.latent = device((size_t)MAX_T * HEADS * LATENT * 2);
     c.attention = device((size_t)MAX_T * HEADS * HEAD_V * 2);
-    c.pool = filled((size_t)MAX_T * CTX * HEAD_KV, 1);
+    c.pool = filled((size_t)MAX_T * MAX_CTX * HEAD_KV, 1);
     c.delta = device((size_t)MAX_T * H * 4);
     c.residual = device((size_t)MAX_T * H * 4);
-    size_t work = cu_mla_decode_work_bytes(MAX_T, 1, HEADS, CTX);
+    size_t work = cu_mla_decode_work_bytes(MAX_T, 1, HEADS, MAX_CTX);
     c.work = device(work);
     CHECK(cudaMemset(c.work, 0, work));
     uint16_t *x = malloc((size_t)MAX_T * H * 2);
@@ -705,12 +762,12 @@ static void bench_chain(void)
             us[c.by_blas] = time_us(run_chain, &c, 4 * LAYERS);
         }
         c.by_blas = 0;
-        printf("T = %2d: attention alone %.1f, add and norm alone %.1f\n", c.T,
-               time_us(run_attention, &c, 48), time_us(run_add_norm, &c, 48));
+        attention_times(&c);
         printf("T = %2d: cuBLAS %7.1f (%4.0f)  ours %7.1f (%4.0f)\n", c.T, us[1],
                bytes / us[1] / 1e3, us[0], bytes / us[0] / 1e3);
         check_chain(&c, x);
     }
+    check_attention(&c);
     free(x);
 }
 
