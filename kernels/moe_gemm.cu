@@ -37,6 +37,7 @@
 using namespace hopper;
 
 #define MAX_EXPERTS 127 /* with the shared one */
+#define PER_LANE    ((MAX_EXPERTS + 1) / 32)
 #define TILE_K      64  /* columns of K per stage: 128 bytes, one swizzled row */
 #define SET_BYTES   (64 * TILE_K * 2)
 
@@ -92,8 +93,17 @@ static __device__ bool tile_find(const struct tail *s, int n_experts, int max_ro
 {
     if (idx >= s->tile[n_experts])
         return false;
-    while (idx >= s->tile[t->expert + 1])
+    if (idx >= s->tile[t->expert + 1]) { // the last expert whose first tile is not beyond idx
+        int end = n_experts;
         t->expert++;
+        while (end - t->expert > 1) {
+            int mid = (t->expert + end) / 2;
+            if (s->tile[mid] <= idx)
+                t->expert = mid;
+            else
+                end = mid;
+        }
+    }
     int first = s->start[t->expert], rows = s->start[t->expert + 1] - first;
     int cuts = (rows + max_rows - 1) / max_rows, i = idx - s->tile[t->expert];
     t->m = i / cuts;
@@ -103,15 +113,15 @@ static __device__ bool tile_find(const struct tail *s, int n_experts, int max_ro
     return true;
 }
 
-static __device__ void tiles_count(struct tail *s, const struct experts *a, int max_rows, int per_cut)
+/* One warp: the first tile of each expert, from their first slots. */
+static __device__ void tiles_count(struct tail *s, int n_experts, int max_rows, int per_cut)
 {
-    int lane = threadIdx.x & 31, per_lane = (a->n_experts + 31) / 32, sum = 0;
-    for (int i = 0; i < per_lane; i++) {
-        int e = lane * per_lane + i;
-        if (e < a->n_experts) {
-            s->start[e] = a->expert_start[e];
-            sum += (a->expert_start[e + 1] - a->expert_start[e] + max_rows - 1) / max_rows * per_cut;
-        }
+    int lane = threadIdx.x & 31, first = lane * PER_LANE, sum = 0, n[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int e = first + i;
+        n[i] = e < n_experts ? (s->start[e + 1] - s->start[e] + max_rows - 1) / max_rows * per_cut : 0;
+        sum += n[i];
     }
     int before = sum;
     for (int d = 1; d < 32; d *= 2) {
@@ -119,16 +129,11 @@ static __device__ void tiles_count(struct tail *s, const struct experts *a, int 
         before += lane >= d ? other : 0;
     }
     before -= sum;
-    for (int i = 0; i < per_lane; i++) {
-        int e = lane * per_lane + i;
-        if (e < a->n_experts) {
-            s->tile[e] = before;
-            before += (a->expert_start[e + 1] - a->expert_start[e] + max_rows - 1) / max_rows * per_cut;
-        }
-        if (e == a->n_experts - 1) {
-            s->tile[e + 1] = before;
-            s->start[e + 1] = a->expert_start[e + 1];
-        }
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        if (first + i <= n_experts)
+            s->tile[first + i] = before;
+        before += n[i];
     }
 }
 
@@ -289,7 +294,7 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
     uint64_t once = policy_evict_first();
     r.parity = 1; // a fresh stage is empty
     struct tile t = {};
-    bool waits = SOURCE != X_GATHER; // for x; gathering launches waited before they looked for tiles
+    bool is_first = true;
     for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
         int w_row = t.expert * a->w_rows + t.m * GROUPS * (a->second_row ? 128 : 64);
         int token[TOKENS / 32];
@@ -301,14 +306,15 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
         int x_rows = SOURCE == X_GATHER ? t.n_rows : SOURCE == X_BOX ? TOKENS : (t.n_rows + 7) & ~7;
         int x_bytes = x_rows * TILE_K * 2;
         int n_early = 0; // stages whose weights are on their way already
-        if (waits) {
+        if (is_first) {
             n_early = min(n_steps, S::N_STAGES);
             if (lane == 0)
                 for (int step = 0; step < n_early; step++)
                     weights_load<TOKENS, GROUPS>(r.base + step * S::STAGE_BYTES, r.full + step * 8,
                                                  x_bytes, a, w0, w1, step * TILE_K, w_row, once);
-            launch::previous_done();
-            waits = false;
+            if (SOURCE != X_GATHER)
+                launch::previous_done(); // for x
+            is_first = false;
         }
         for (int step = 0; step < n_steps; step++) {
             mbar_wait(r.empty + r.stage * 8, r.parity);
@@ -369,16 +375,16 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
             }
             mbar_init_fence();
         }
-    } else if (warp == 0) {
-        if (a.ahead_bytes)
-            ahead_prefetch(&a);
-        if (SOURCE == X_GATHER)
-            launch::previous_done();
-        int per_cut = a.n_out / (GROUPS * (SWIGLU ? 64 : 128));
-        tiles_count(s, &a, TOKENS, per_cut);
+    } else if (warp == 0 && a.ahead_bytes) {
+        ahead_prefetch(&a);
     }
     if (SOURCE == X_GATHER)
         launch::previous_done();
+    for (int i = threadIdx.x; i <= a.n_experts; i += S::THREADS)
+        s->start[i] = a.expert_start[i];
+    __syncthreads();
+    if (warp == 0)
+        tiles_count(s, a.n_experts, TOKENS, a.n_out / (GROUPS * (SWIGLU ? 64 : 128)));
     __syncthreads();
     if (threadIdx.x == 0)
         launch::next_may_start();
