@@ -134,8 +134,9 @@ struct cu_mla_decode_args {
 cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t stream);
 size_t cu_mla_decode_work_bytes(int max_S, int max_q_rows, int heads, int max_ctx);
 
-/* The same for few sequences with short contexts. Reads n_ctx, block_table and the pages' slots but
- * the last before the kernels that precede it in the stream have ended. Needs no work. */
+/* The same for few sequences with short contexts. Reads n_ctx, block_table and all slots of a
+ * sequence but the last 16 before the kernels that precede it in the stream have ended. Needs no
+ * work. */
 int cu_mla_few_fits(const struct cu_mla_decode_args *a);
 cudaError_t cu_mla_few(const struct cu_mla_decode_args *a, cudaStream_t stream);
 

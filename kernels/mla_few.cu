@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     int n = p.n_ctx[s], n_pages = (n + PAGE - 1) / PAGE;
     const int32_t *table = p.block_table + (int64_t)s * p.max_pages;
     launch::next_may_start();
-    bool is_old = (rank + 1) * PAGE < n; // this step writes slot n - 1
+    bool is_old = (rank + 1) * PAGE + MAX_S <= n; // else rows of this step may still be written to it
     if (threadIdx.x == 0) {
         tma_prefetch_map(&map);
         mbar_init(smem_addr(&sm->full), 1);
