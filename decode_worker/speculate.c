@@ -182,27 +182,29 @@ static void set_bias(const struct stream *st, struct sample_row *row)
     row->bias_value = stream_bias_value(st);
 }
 
-/* Rows without penalties are independent: one call draws them all. */
-static enum err draw_plain(struct speculate *s, struct stream **streams, int n)
+/* A row's penalties count the drafts before it: it only becomes output if all of them were right.
+ * So no row waits for another, and one call draws them all. */
+static enum err draw(struct speculate *s, struct stream **streams, int n)
 {
     int n_rows = 0, max_top = 0;
     for (int i = 0; i < n; i++) {
         struct stream *st = streams[i];
-        if (st->output_count)
-            continue;
         int n_banned = worker_stop_ids(&st->sampling, s->model, s->banned[i]);
         max_top = MAX(max_top, st->sampling.n_logprobs);
         for (uint32_t j = 0; j <= st->n_draft; j++) {
+            struct sample_row *row = &s->rows[n_rows];
             s->idx[n_rows] = st->window_row + (int)j;
             s->owner[n_rows] = st;
             worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, s->banned[i],
-                              n_banned, &s->rows[n_rows]);
-            set_bias(st, &s->rows[n_rows]);
+                              n_banned, row);
+            row->output_count = st->output_count;
+            row->in_prompt = st->in_prompt;
+            row->ahead = st->draft;
+            row->n_ahead = (int32_t)j;
+            set_bias(st, row);
             n_rows++;
         }
     }
-    if (n_rows == 0)
-        return ERR_OK;
     TRY(engine_sample(s->config.engine, n_rows, s->idx, s->rows, max_top, s->ids, s->logprob,
                       s->top_id, s->top_logprob));
     for (int r = 0; r < n_rows; r++) {
@@ -211,38 +213,6 @@ static enum err draw_plain(struct speculate *s, struct stream **streams, int n)
                   s->top_id + r * max_top, s->top_logprob + r * max_top);
     }
     return ERR_OK;
-}
-
-/* With penalties a row depends on the tokens before it in the window: one row after the other, with
- * the counts moved on, until a draft is refuted (later rows cannot become output). */
-static enum err draw_penalised(struct speculate *s, struct stream *st, int32_t *banned)
-{
-    int n_banned = worker_stop_ids(&st->sampling, s->model, banned);
-    uint32_t n_counted = 0;
-    enum err err = ERR_OK;
-    for (uint32_t j = 0; j <= st->n_draft; j++) {
-        struct sample_row row;
-        worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, banned, n_banned,
-                          &row);
-        row.output_count = st->output_count;
-        row.in_prompt = st->in_prompt;
-        set_bias(st, &row);
-        int32_t idx = st->window_row + (int)j, id;
-        float logprob;
-        err = engine_sample(s->config.engine, 1, &idx, &row, MAX(st->sampling.n_logprobs, 0), &id,
-                            &logprob, s->top_id, s->top_logprob);
-        if (err != ERR_OK)
-            break;
-        keep_draw(st, j, id, logprob, s->top_id, s->top_logprob);
-        if (j == st->n_draft || id != st->draft[j])
-            break;
-        st->output_count[id]++;
-        n_counted++;
-    }
-    // speculate_advance counts what really became output.
-    for (uint32_t j = 0; j < n_counted; j++)
-        st->output_count[st->sampled[j]]--;
-    return err;
 }
 
 /* Random weights draft nothing right. For measurements of speed a coin decides instead, the same
@@ -267,10 +237,7 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
             TRY(draft_next(s, streams, n, step, &any));
     }
     TRY(verify(s, streams, n));
-    TRY(draw_plain(s, streams, n));
-    for (int i = 0; i < n; i++)
-        if (streams[i]->output_count)
-            TRY(draw_penalised(s, streams[i], s->banned[i]));
+    TRY(draw(s, streams, n));
     for (int i = 0; s->config.simulated > 0 && i < n; i++)
         simulate(s, streams[i]);
     return ERR_OK;

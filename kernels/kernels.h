@@ -170,6 +170,8 @@ struct sample_row {
     const float *bias_value; // [n_bias]
     const uint32_t *allowed; // [ceil(V / 32)] bit id % 32 of word id / 32: may be drawn; or NULL
     const int32_t *output_count; // [V] occurrences in the output so far, or NULL: no penalties
+    int32_t n_ahead;             // ids that also count as output: the drafts before this row in its
+    const int32_t *ahead;        // [n_ahead] window, since it only matters if all were right
     const uint8_t *in_prompt;    // [V] 1 if the id occurs in the prompt, or NULL (repetition only)
     int32_t n_logprobs;          // -1 none, 0 the chosen id's, n: and the n best
 };

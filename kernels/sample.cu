@@ -178,6 +178,8 @@ __device__ void adjust(const struct slice *c, const struct sample_row *r)
     if (r->output_count || (repetition && r->in_prompt))
         for (int i = threadIdx.x; i < c->n; i += THREADS) {
             int id = c->first + i, count = r->output_count ? r->output_count[id] : 0;
+            for (int j = 0; j < r->n_ahead && r->output_count; j++)
+                count += r->ahead[j] == id;
             bool seen = repetition && (count > 0 || (r->in_prompt && r->in_prompt[id]));
             z[i] = sample_penalise(z[i], count, seen, r->repetition, r->frequency, r->presence);
         }

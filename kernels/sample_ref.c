@@ -103,6 +103,8 @@ static int gather(const struct sample_args *a, int t, struct candidate *list)
             list[row->bias_id[i]].z += row->bias_value[i];
     for (int32_t id = 0; id < a->n_valid; id++) {
         int32_t count = row->output_count ? row->output_count[id] : 0;
+        for (int i = 0; i < row->n_ahead && row->output_count; i++)
+            count += row->ahead[i] == id;
         bool seen = repetition && (count > 0 || (row->in_prompt && row->in_prompt[id]));
         float z = sample_penalise(list[id].z, count, seen, row->repetition, row->frequency,
                                   row->presence);

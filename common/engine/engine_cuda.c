@@ -857,8 +857,12 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
         d.bias_value = same ? to[i - 1].bias_value
                             : draw_put(c, &b, r->bias_value, (size_t)r->n_bias * sizeof(float));
         d.allowed = draw_put(c, &b, r->allowed, (V + 31) / 32 * sizeof(*r->allowed));
-        d.output_count = draw_put(c, &b, r->output_count, V * sizeof(*r->output_count));
-        d.in_prompt = draw_put(c, &b, r->in_prompt, V);
+        d.ahead = draw_put(c, &b, r->ahead, (size_t)r->n_ahead * sizeof(*r->ahead));
+        same = last && last->output_count == r->output_count;
+        d.output_count = same ? to[i - 1].output_count
+                              : draw_put(c, &b, r->output_count, V * sizeof(*r->output_count));
+        same = last && last->in_prompt == r->in_prompt;
+        d.in_prompt = same ? to[i - 1].in_prompt : draw_put(c, &b, r->in_prompt, V);
         if (b.full)
             break;
         to[i] = d;

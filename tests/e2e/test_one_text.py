@@ -29,6 +29,9 @@ SAMPLINGS = [
     {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 11},
     {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 4242,
      "presence_penalty": 0.5, "logit_bias": {"262": -4, "308": 2.5, "30": -100}},
+    # Penalties make a draw depend on the drafts before it.
+    {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": -1, "seed": 11,
+     "presence_penalty": 1.5, "frequency_penalty": 1.5, "repetition_penalty": 1.2},
 ]
 BODIES = [{"inputs": p, "parameters": {"max_new_tokens": N_TOKENS, "return_details": True, **s}}
           for p in PROMPTS for s in SAMPLINGS]
@@ -50,7 +53,9 @@ def plain():
         c.wait_idle()
     assert all(ids)
     # A test that compares must have something to compare: seeds give different texts.
-    assert sum(ids[3 * i + 1] != ids[3 * i + 2] for i in range(len(PROMPTS))) > 5
+    per_prompt = [ids[i:i + len(SAMPLINGS)] for i in range(0, len(ids), len(SAMPLINGS))]
+    assert sum(p[1] != p[2] for p in per_prompt) > 5
+    assert sum(p[1] != p[3] for p in per_prompt) > 5
     return ids
 
 

@@ -51,6 +51,7 @@ static struct sample_row row_on_device(struct sample_row r)
     r.bias_id = on_device(r.bias_id);
     r.bias_value = on_device(r.bias_value);
     r.allowed = on_device(r.allowed);
+    r.ahead = on_device(r.ahead);
     r.output_count = on_device(r.output_count);
     r.in_prompt = on_device(r.in_prompt);
     return r;
@@ -88,7 +89,8 @@ static void make_logits(float *x, int V)
 
 static struct sample_row make_row(int V)
 {
-    int32_t *banned = take_bytes(3 * 4), *bias_id = take_bytes(N_BIAS * 4);
+    int32_t *banned = take_bytes(3 * 4), *bias_id = take_bytes(N_BIAS * 4),
+            *ahead = take_bytes(3 * 4);
     float *bias_value = take_bytes(N_BIAS * 4);
     struct sample_row r = {
         .seed = (uint64_t)data_u32() << 32 | data_u32(),
@@ -101,10 +103,13 @@ static struct sample_row make_row(int V)
         .banned = banned,
         .bias_id = bias_id,
         .bias_value = bias_value,
+        .ahead = ahead,
         .n_logprobs = (int[]){-1, -1, 0, 1, 5, MAX_TOP}[data_below(6)],
     };
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++) {
         banned[i] = data_below(V + 2) - 1;
+        ahead[i] = data_below(V);
+    }
     for (int i = 0; i < N_BIAS; i++) {
         bias_id[i] = data_below(3) ? data_below(V) : data_below(V + 2) - 1;
         bias_value[i] = data_float() * 20;
@@ -131,6 +136,7 @@ static struct sample_row make_row(int V)
         }
         r.output_count = data_below(8) ? count : NULL;
         r.in_prompt = data_below(8) ? in_prompt : NULL;
+        r.n_ahead = data_below(4);
         r.presence = data_float();
         r.frequency = data_float();
         r.repetition = data_below(4) ? 1.0f + 0.5f * data_float() : 1;

@@ -98,6 +98,8 @@ static int32_t draw_by_definition(const float *logits, int n_valid, const struct
         for (int i = 0; i < r->n_bias; i++)
             z += r->bias_id[i] == id ? r->bias_value[i] : 0;
         int count = r->output_count ? r->output_count[id] : 0;
+        for (int i = 0; i < r->n_ahead && r->output_count; i++)
+            count += r->ahead[i] == id;
         if (count > 0 || (r->in_prompt && r->in_prompt[id]))
             z = z > 0 ? z / r->repetition : z * r->repetition;
         if (count > 0)
@@ -172,6 +174,8 @@ static void draws_follow_the_definition(void)
             .frequency = data_below(2) ? 0 : data_float(),
             .repetition = data_below(2) ? 1 : 1.0f + 0.5f * data_float(),
             .output_count = data_below(2) ? count : NULL,
+            .ahead = bias_id,
+            .n_ahead = data_below(4),
             .in_prompt = data_below(2) ? in_prompt : NULL,
             .banned = banned,
             .n_banned = V > 10 ? data_below(4) : 0,
@@ -379,6 +383,17 @@ static void penalties_move_logits(void)
     CHECK_INT(draw(logits, 4, 4, &r), 2);
     r.in_prompt = in_prompt; // multiplies the negative: -1.4 now
     CHECK_INT(draw(logits, 4, 4, &r), 3);
+    const int32_t ahead[] = {3, 3}; // as if it had been drawn: -1.68
+    r.ahead = ahead;
+    r.n_ahead = 1;
+    CHECK_INT(draw(logits, 4, 4, &r), 2);
+    r.repetition = 1;
+    r.frequency = 0.05f; // -1.25, or twice -1.3, against -1 - 0.3
+    count[2] = 6;
+    CHECK_INT(draw(logits, 4, 4, &r), 3);
+    r.n_ahead = 2;
+    count[2] = 5;
+    CHECK_INT(draw(logits, 4, 4, &r), 2);
 }
 
 static void bias_and_mask_come_first(void)

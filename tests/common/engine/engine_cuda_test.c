@@ -261,6 +261,8 @@ static void draws_are_the_references(void)
                                       .n_bias = i % 4,
                                       .allowed = i % 6 ? NULL : allowed,
                                       .output_count = i % 2 ? count : NULL,
+                                      .ahead = bias_id,
+                                      .n_ahead = i % 3,
                                       .in_prompt = i % 2 ? in_prompt : NULL,
                                       .n_logprobs = i % 8 ? TOP : -1};
     }
