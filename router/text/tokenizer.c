@@ -18,6 +18,7 @@
 #include <pcre2.h>
 #include <string.h>
 
+#include "common/base/byte_level.h"
 #include "common/base/hash.h"
 #include "common/base/json.h"
 
@@ -28,7 +29,6 @@ enum {
     MAX_ADDED_BYTES = 256, /* of one added token: bounds the scan for them */
     MAX_TEXT_BYTES = 1 << 30,
     MAX_REGEX_HEAP_KIB = 256 << 10, /* only used where PCRE2 has no JIT */
-    ALPHABET = 0x144,               /* the byte-level alphabet's code points lie below */
 };
 
 struct token {
@@ -486,35 +486,17 @@ static void regex_translate(const char *pattern, struct json_out *ret)
     }
 }
 
-/* Appends the bytes that text[0..n) stands for; false (and nothing appended) when a character is
- * not of the alphabet. The printable Latin-1 characters stand for themselves, the other bytes for
- * U+0100 onwards in order. */
+/* Appends the bytes that text stands for; false, and nothing appended, where a character is not of
+ * the alphabet. */
 static bool alphabet_decode(const char *text, size_t n, struct json_out *ret)
 {
-    static const struct {
-        uint16_t first, last, byte;
-    } ranges[] = {
-        {0x21, 0x7e, 0x21},   {0xa1, 0xac, 0xa1},   {0xae, 0xff, 0xae},
-        {0x100, 0x120, 0x00}, {0x121, 0x142, 0x7f}, {0x143, 0x143, 0xad},
-    };
-    size_t before = ret->len;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t c = (uint8_t)text[i];
-        if (c >= 0xc2 && c < 0xe0 && i + 1 < n)
-            c = (c & 0x1f) << 6 | ((uint8_t)text[++i] & 0x3f);
-        else if (c >= 0x80)
-            c = ALPHABET; /* longer sequences all lie above it */
-        size_t r = 0;
-        while (r < ARRAY_LEN(ranges) && !(c >= ranges[r].first && c <= ranges[r].last))
-            r++;
-        if (r == ARRAY_LEN(ranges)) {
-            ret->len = before;
-            return false;
-        }
-        char byte = (char)(ranges[r].byte + (c - ranges[r].first));
-        json_out_raw(ret, &byte, 1);
-    }
-    return true;
+    size_t before = ret->len, n_bytes = 0;
+    json_out_raw(ret, text, n); /* room: there are no more bytes than that */
+    if (ret->failed)
+        return false;
+    bool plain = byte_level_decode(text, n, ret->data + before, &n_bytes);
+    ret->len = plain ? before + n_bytes : before;
+    return plain;
 }
 
 /* ---- tables ---- */
@@ -826,35 +808,4 @@ static enum err encode_piece(struct work *w, const char *piece, size_t n)
     for (uint32_t i = 0; i != NO_SYMBOL; i = s[i].next)
         TRY(ids_push(w->ids, s[i].id));
     return ERR_OK;
-}
-
-size_t utf8_check(const char *text, size_t n)
-{
-    const uint8_t *p = (const uint8_t *)text;
-    size_t i = 0;
-    while (i < n) {
-        uint64_t eight;
-        if (n - i >= 8 && (memcpy(&eight, p + i, 8), !(eight & 0x8080808080808080u))) {
-            i += 8;
-            continue;
-        }
-        uint8_t c = p[i];
-        if (c < 0x80) {
-            i++;
-            continue;
-        }
-        size_t more = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : 1;
-        if (c < 0xc2 || c > 0xf4 || n - i <= more)
-            return i;
-        /* the second byte's range rules out overlong forms, surrogates and > U+10FFFF */
-        uint8_t low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
-        uint8_t high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
-        if (p[i + 1] < low || p[i + 1] > high)
-            return i;
-        for (size_t k = 2; k <= more; k++)
-            if ((p[i + k] & 0xc0) != 0x80)
-                return i;
-        i += more + 1;
-    }
-    return n;
 }

@@ -14,6 +14,7 @@
 
 #include "common/base/err.h"
 #include "common/base/own.h"
+#include "common/base/utf8.h"
 
 struct tokenizer;
 
@@ -48,9 +49,5 @@ void ids_finish(struct ids *ids);
  * added: look for added tokens. Thread-safe: t is not changed. Time is O(n log n) for any input. */
 MUST_CHECK enum err tokenizer_encode(const struct tokenizer *t, const char *text, size_t n,
                                      bool added, struct ids *ids);
-
-/* Checks UTF-8 (no surrogates, no overlong forms). Returns n if valid, else the first bad offset.
- */
-size_t utf8_check(const char *text, size_t n);
 
 #endif

@@ -1,0 +1,32 @@
+/* schema.h: JSON Schema to automaton. Inside common/grammar only. */
+#ifndef BATON_GRAMMAR_SCHEMA_H
+#define BATON_GRAMMAR_SCHEMA_H
+
+#include "common/grammar/program.h"
+
+/* Types a schema speaks of, as bits. */
+enum {
+    T_STRING = 1,
+    T_INTEGER = 2,
+    T_NUMBER = 4,
+    T_BOOLEAN = 8,
+    T_OBJECT = 16,
+    T_ARRAY = 32,
+    T_NULL = 64,
+    T_ALL = 127,
+};
+
+struct schema_compiler;
+
+/* root: what $ref is relative to; where: how sentences call it ("tool f"). root must outlive it. */
+MUST_CHECK enum err schema_compiler_create(struct grammar *g, const json_t *root, const char *where,
+                                           struct schema_compiler **ret);
+void schema_compiler_destroy(struct schema_compiler *c);
+DEFINE_OWNED(schema_compiler)
+
+/* A JSON text that is valid for the root; whitespace between its parts and in front. */
+MUST_CHECK enum err schema_build_json(struct schema_compiler *c, uint32_t next, uint32_t *ret);
+/* The arguments of a call as pairs of tags; next follows the last pair. */
+MUST_CHECK enum err schema_build_arguments(struct schema_compiler *c, uint32_t next, uint32_t *ret);
+
+#endif
