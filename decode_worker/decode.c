@@ -38,6 +38,7 @@ struct decode {
     struct kv_pool *pool;
     struct handoff_in *handoff;
     struct speculate *speculate;
+    struct constraints *constraints;
     struct stream *streams;
     uint32_t n_waiting, n_reserved, n_zombie, n_running; // by state
     uint32_t max_streams, mtp_step;
@@ -92,6 +93,9 @@ enum err decode_create(const struct decode_config *c, struct decode **ret)
         err = handoff_in_create(&h, &d->handoff);
     if (err == ERR_OK)
         err = speculate_create(&s, &d->speculate);
+    if (err == ERR_OK)
+        err = constraints_create(c->config->model_dir, d->model->vocab, d->model->eos,
+                                 d->model->n_eos, &d->constraints);
     if (err != ERR_OK) {
         decode_destroy(d);
         return err;
@@ -148,6 +152,7 @@ static void stream_end(struct decode *d, struct stream *gone)
     free(gone->output_count);
     free(gone->in_prompt);
     free(gone->bias_id);
+    constraint_destroy(gone->constraint);
     free(gone);
 }
 
@@ -228,6 +233,17 @@ static enum err keep_bias(struct decode *d, struct stream *st, const struct wire
     return ERR_OK;
 }
 
+/* The grammar, moved on by the output of earlier attempts. */
+static enum err keep_grammar(struct decode *d, struct stream *st, const struct wire_submit *s,
+                             const int32_t *ids)
+{
+    if (s->n_ids != st->n_input)
+        return err_set(ERR_PROTO, "SUBMIT lacks ids for a grammar");
+    const char *text = (const char *)(ids + s->n_ids + 2 * (size_t)s->n_bias);
+    return constraint_create(d->constraints, text, s->n_grammar, ids + s->n_prompt, s->n_emitted,
+                             &st->constraint);
+}
+
 static void on_submit(struct decode *d, const struct wire_msg *m)
 {
     const struct wire_submit *s = m->body;
@@ -283,6 +299,8 @@ static void on_submit(struct decode *d, const struct wire_msg *m)
                                   : err_set(ERR_PROTO, "SUBMIT lacks ids for penalties");
     if (err == ERR_OK && s->n_bias > 0)
         err = keep_bias(d, st, s, (const int32_t *)m->tail + s->n_ids);
+    if (err == ERR_OK && s->n_grammar > 0)
+        err = keep_grammar(d, st, s, m->tail);
     if (err != ERR_OK)
         stream_fail(d, st, err, err_text(err));
 }
@@ -350,6 +368,11 @@ static void settle(struct decode *d, struct stream *st)
             stream_fail(d, st, ERR_CHECKSUM, "KV pages arrived damaged");
             return;
         }
+    }
+    enum err err = st->constraint ? constraint_advance(st->constraint, st->token) : ERR_OK;
+    if (err != ERR_OK) {
+        stream_fail(d, st, err, err_text(err));
+        return;
     }
     for (uint32_t i = 0; i < st->n_pages; i++)
         kv_pool_set_live(d->pool, st->pages[i]);
@@ -640,6 +663,26 @@ static void count_drafts(struct decode *d, const struct stream *st)
     }
 }
 
+static void fail_grammar(struct decode *d, struct stream *st)
+{
+    log_warn("grammar", "req=%016" PRIx64 " output=%u code=%s the grammar was given up", st->req_id,
+             st->n_output, err_name(st->constraint_err));
+    stream_fail(d, st, st->constraint_err,
+                "the output could not be held to its grammar any longer");
+}
+
+/* Takes the streams whose grammar went wrong out of the batch. Returns how many are left. */
+static int sift_batch(struct decode *d, int n)
+{
+    int kept = 0;
+    for (int i = 0; i < n; i++)
+        if (d->batch[i]->constraint_err == ERR_OK)
+            d->batch[kept++] = d->batch[i];
+        else
+            fail_grammar(d, d->batch[i]);
+    return kept;
+}
+
 /* One step over the running streams. Returns false if there are none. */
 static bool step(struct decode *d)
 {
@@ -653,6 +696,7 @@ static bool step(struct decode *d)
 
     worker_progress(d->worker, true); // from here until the turn ends a standstill is a hang
     uint64_t start_us = clock_now_us();
+    constraints_trim(d->constraints);
     enum err err = failpoint_pass("decode.step") == FAILPOINT_ERROR
                        ? err_set(ERR_INTERNAL, "failpoint decode.step")
                        : speculate_step(d->speculate, d->batch, n);
@@ -666,6 +710,7 @@ static bool step(struct decode *d)
             stream_fail(d, d->batch[i], err, err_meaning(err));
         return true;
     }
+    n = sift_batch(d, n);
     struct wire_buf buf = {0};
     struct wire_tokens *t = wire_begin(&buf, WIRE_TOKENS, 0, 0);
     if (t)
@@ -686,6 +731,11 @@ static bool step(struct decode *d)
         wire_buf_finish(&buf);
     else
         worker_post_router(d->worker, &buf);
+    for (struct stream *st = d->streams, *next; st; st = next) {
+        next = st->next;
+        if (st->constraint_err != ERR_OK)
+            fail_grammar(d, st);
+    }
     d->beat.n_steps++;
     uint32_t took_us = (uint32_t)(clock_now_us() - start_us);
     d->beat.step_us = d->beat.step_us ? (d->beat.step_us * 7 + took_us) / 8 : took_us;
@@ -742,6 +792,7 @@ void decode_destroy(struct decode *d)
         drop_all(d);
     handoff_in_destroy(d->handoff);
     speculate_destroy(d->speculate);
+    constraints_destroy(d->constraints);
     free(d->slot_used);
     free(d->batch);
     free(d);

@@ -17,6 +17,7 @@ struct speculate {
     // arrays of one draw
     int32_t *idx, *top_id;
     struct sample_row *rows;
+    const uint32_t **allowed; // by window row
     struct stream **owner;
     float *logprob, *top_logprob;
     int32_t (*banned)[MODEL_MAX_EOS + WIRE_MAX_STOP_IDS];
@@ -40,14 +41,15 @@ enum err speculate_create(const struct speculate_config *c, struct speculate **r
     s->ids = calloc(rows, sizeof(int32_t));
     s->idx = calloc(rows, sizeof(int32_t));
     s->rows = calloc(rows, sizeof(*s->rows));
+    s->allowed = calloc(rows, sizeof(*s->allowed));
     s->owner = calloc(rows, sizeof(*s->owner));
     s->logprob = calloc(rows, sizeof(float));
     s->top_id = calloc(rows * WIRE_MAX_TOP, sizeof(int32_t));
     s->top_logprob = calloc(rows * WIRE_MAX_TOP, sizeof(float));
     s->banned = calloc(seqs, sizeof(*s->banned));
     if (!s->token || !s->position || !s->seq_start || !s->ctx_len || !s->block_table ||
-        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->owner || !s->logprob ||
-        !s->top_id || !s->top_logprob || !s->banned) {
+        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->allowed || !s->owner ||
+        !s->logprob || !s->top_id || !s->top_logprob || !s->banned) {
         speculate_destroy(s);
         return err_set(ERR_NOMEM, "no memory for a decode batch of %d streams", c->max_streams);
     }
@@ -59,9 +61,10 @@ void speculate_destroy(struct speculate *s)
 {
     if (!s)
         return;
-    void *all[] = {s->token,     s->position, s->seq_start, s->ctx_len,     s->block_table,
-                   s->logit_row, s->hidden,   s->ids,       s->idx,         s->rows,
-                   s->owner,     s->logprob,  s->top_id,    s->top_logprob, s->banned};
+    void *all[] = {s->token,       s->position,    s->seq_start, s->ctx_len,
+                   s->block_table, s->logit_row,   s->hidden,    s->ids,
+                   s->idx,         s->rows,        s->owner,     s->logprob,
+                   s->top_id,      s->top_logprob, s->banned,    s->allowed};
     for (size_t i = 0; i < ARRAY_LEN(all); i++)
         free(all[i]);
     free(s);
@@ -173,6 +176,31 @@ static void keep_draw(struct stream *st, uint32_t j, int32_t id, float logprob,
         st->top[j][t] = (struct wire_top){top_id[t], top_logprob[t]};
 }
 
+/* The masks of a stream's window, along its drafts. Behind a draft that does not fit no row can
+ * become output. */
+static enum err stream_masks(struct speculate *s, struct stream *st)
+{
+    struct grammar_state at = constraint_state(st->constraint);
+    bool fits = true;
+    for (uint32_t j = 0; j <= st->n_draft && fits; j++) {
+        TRY(constraint_mask(st->constraint, at, &s->allowed[st->window_row + (int)j]));
+        if (j < st->n_draft)
+            TRY(constraint_accept(st->constraint, &at, st->draft[j], &fits));
+    }
+    return ERR_OK;
+}
+
+static void masks(struct speculate *s, struct stream **streams, int n)
+{
+    for (int i = 0; i < n; i++) {
+        struct stream *st = streams[i];
+        for (uint32_t j = 0; j <= st->n_draft; j++)
+            s->allowed[st->window_row + (int)j] = NULL;
+        if (st->constraint && st->constraint_err == ERR_OK)
+            st->constraint_err = stream_masks(s, st);
+    }
+}
+
 static void set_bias(const struct stream *st, struct sample_row *row)
 {
     if (!st->n_bias)
@@ -202,6 +230,7 @@ static enum err draw(struct speculate *s, struct stream **streams, int n)
             row->ahead = st->draft;
             row->n_ahead = (int32_t)j;
             set_bias(st, row);
+            row->allowed = s->allowed[st->window_row + (int)j];
             n_rows++;
         }
     }
@@ -237,6 +266,7 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
             TRY(draft_next(s, streams, n, step, &any));
     }
     TRY(verify(s, streams, n));
+    masks(s, streams, n);
     TRY(draw(s, streams, n));
     for (int i = 0; s->config.simulated > 0 && i < n; i++)
         simulate(s, streams[i]);
@@ -246,6 +276,8 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
 void speculate_advance(struct speculate *s, struct stream *st, uint32_t n_tokens)
 {
     for (uint32_t j = 0; j < n_tokens; j++) {
+        if (st->constraint && st->constraint_err == ERR_OK)
+            st->constraint_err = constraint_advance(st->constraint, st->sampled[j]);
         if (st->output_count)
             st->output_count[st->sampled[j]]++;
         st->pending_token[j] = st->sampled[j];

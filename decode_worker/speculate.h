@@ -28,11 +28,12 @@ MUST_CHECK enum err speculate_create(const struct speculate_config *c, struct sp
 void speculate_destroy(struct speculate *s);
 
 /* Drafts (n_draft of each stream says how many), verifies and draws: fills draft, sampled, logprob
- * and top of each stream. Pages must cover n_ctx + n_draft + 1 slots. */
+ * and top of each stream. Pages must cover n_ctx + n_draft + 1 slots. Trouble with one stream's
+ * grammar is left in its constraint_err: what was drawn for it must not become output. */
 MUST_CHECK enum err speculate_step(struct speculate *s, struct stream **streams, int n);
 
 /* After n_tokens of the window became output: moves the stream on and notes the pending MTP rows.
- */
+ * constraint_err is set if the grammar forbids one of them. */
 void speculate_advance(struct speculate *s, struct stream *st, uint32_t n_tokens);
 
 #endif

@@ -18,6 +18,7 @@
 
 #include "common/engine/engine.h"
 #include "common/engine/worker.h"
+#include "common/grammar/constraint.h"
 
 #define STREAM_MAX_WINDOW (WIRE_MAX_MTP_STEP + 1)
 
@@ -63,7 +64,9 @@ struct stream {
     int32_t *output_count; // [V], NULL without penalties
     uint8_t *in_prompt;    // [V]
     uint32_t n_bias;
-    int32_t *bias_id; // [n_bias], and their values behind them; NULL without
+    int32_t *bias_id;              // [n_bias], and their values behind them; NULL without
+    struct constraint *constraint; // what the output is held to, or NULL
+    enum err constraint_err;       // the grammar went wrong in this step
 };
 
 static inline const float *stream_bias_value(const struct stream *st)

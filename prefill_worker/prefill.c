@@ -24,6 +24,7 @@
 #include "common/base/failpoint.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "common/grammar/constraint.h"
 #include "prefill_worker/handoff_out.h"
 #include "prefill_worker/packing.h"
 #include "prefill_worker/prefix_cache.h"
@@ -64,7 +65,8 @@ struct prompt {
     float logprob;
     struct wire_top top[WIRE_MAX_TOP];
     uint32_t n_bias;
-    int32_t ids[]; // [n_ids], then bias_id[n_bias] and their values
+    struct constraint *constraint; // what the output is held to, or NULL
+    int32_t ids[];                 // [n_ids], then bias_id[n_bias] and their values
 };
 
 struct early_grant {
@@ -82,6 +84,7 @@ struct prefill {
     struct kv_pool *pool;
     struct prefix_cache *cache; // NULL when off
     struct handoff_out *handoff;
+    struct constraints *constraints;
     struct prompt *prompts;
     uint32_t n_prompts;
     struct early_grant *early;
@@ -155,6 +158,9 @@ enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
     };
     if (err == ERR_OK)
         err = handoff_out_create(&h, &p->handoff);
+    if (err == ERR_OK)
+        err = constraints_create(c->config->model_dir, p->model->vocab, p->model->eos,
+                                 p->model->n_eos, &p->constraints);
     if (err != ERR_OK) {
         prefill_destroy(p);
         return err;
@@ -212,6 +218,7 @@ static void prompt_end(struct prefill *p, struct prompt *gone)
     free(gone->pages);
     free(gone->grant);
     free(gone->hidden);
+    constraint_destroy(gone->constraint);
     free(gone);
     p->starved = false;
 }
@@ -315,6 +322,12 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
                      p->model->n_token_ids);
         }
     size_t n_bytes = (s->n_ids + 2 * (size_t)s->n_bias) * sizeof(ids[0]);
+    OWNED(constraint) constraint = NULL;
+    if (code == ERR_OK && s->n_grammar > 0) {
+        code = constraint_create(p->constraints, (const char *)ids + n_bytes, s->n_grammar,
+                                 ids + s->n_prompt, s->n_emitted, &constraint);
+        snprintf(why, sizeof(why), "%s", err_text(code));
+    }
     struct prompt *q = code == ERR_OK ? calloc(1, sizeof(*q) + n_bytes) : NULL;
     if (!q) {
         if (peer)
@@ -332,6 +345,7 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
     q->n_emitted = s->n_emitted;
     q->n_ids = s->n_ids;
     q->n_bias = s->n_bias;
+    q->constraint = take(&constraint);
     q->n_pages = n_pages;
     q->arrival_us = clock_now_us();
     memcpy(q->ids, ids, n_bytes);
@@ -537,6 +551,8 @@ static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
     row.n_bias = (int32_t)q->n_bias;
     row.bias_id = q->ids + q->n_ids;
     row.bias_value = (const float *)(q->ids + q->n_ids + q->n_bias);
+    if (q->constraint)
+        TRY(constraint_mask(q->constraint, constraint_state(q->constraint), &row.allowed));
     int32_t idx = logit, top_id[WIRE_MAX_TOP];
     float top_logprob[WIRE_MAX_TOP];
     TRY(engine_sample(p->engine, 1, &idx, &row, MAX(s->n_logprobs, 0), &q->token, &q->logprob,
@@ -633,6 +649,7 @@ static bool compute_chunk(struct prefill *p)
         }
 
     worker_progress(p->worker, true); // from here until the turn ends a standstill is a hang
+    constraints_trim(p->constraints);
     failpoint_pass("prefill.chunk");
     uint64_t start_us = clock_now_us();
     struct batch b = build_batch(p, n_parts, false);
@@ -830,6 +847,7 @@ void prefill_destroy(struct prefill *p)
         drop_all(p);
     handoff_out_destroy(p->handoff);
     prefix_cache_destroy(p->cache);
+    constraints_destroy(p->constraints);
     free(p->part);
     free(p->part_tokens);
     free(p->left);

@@ -45,6 +45,8 @@ struct gen {
     struct wire_sampling sampling;
     uint32_t n_bias;
     int32_t *bias_id; // [n_bias], and their values behind them
+    char *grammar;    // [n_grammar], NULL: none
+    uint32_t n_grammar;
     uint64_t cache_salt;
 
     struct detokenizer detokenizer;
@@ -112,6 +114,18 @@ static enum err copy_bias(struct gen *g, const struct gen_params *p)
     return ERR_OK;
 }
 
+static enum err copy_grammar(struct gen *g, const struct gen_params *p)
+{
+    if (!p->n_grammar)
+        return ERR_OK;
+    g->grammar = malloc(p->n_grammar);
+    if (!g->grammar)
+        return err_set(ERR_NOMEM, "no memory for a grammar");
+    memcpy(g->grammar, p->grammar, p->n_grammar);
+    g->n_grammar = (uint32_t)p->n_grammar;
+    return ERR_OK;
+}
+
 static uint64_t prefix_hash(const struct gen_params *p)
 {
     if (p->n_prompt < PREFIX_TOKENS)
@@ -150,6 +164,7 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     detokenizer_init(&g->detokenizer, c->tokenizer, p->skip_special);
     TRY(copy_stops(g, p));
     TRY(copy_bias(g, p));
+    TRY(copy_grammar(g, p));
     TRY(table_add(c, g));
 
     struct sched_request r = {.id = g->id,
@@ -195,6 +210,10 @@ static enum err gen_check(struct cluster *c, const struct gen_params *p)
             return err_set(ERR_INVALID, "biased token id %d is not in 0 .. %d", p->bias_id[i],
                            m->n_token_ids - 1);
 
+    if (p->n_grammar > WIRE_MAX_GRAMMAR)
+        return err_set(ERR_TOO_LARGE, "a grammar of %zu bytes exceeds %u", p->n_grammar,
+                       WIRE_MAX_GRAMMAR);
+
     // What the wire would refuse must not reach a worker: it would take the router for broken.
     struct wire_submit *b = wire_begin(&c->out, WIRE_SUBMIT, 1, 0);
     if (!b)
@@ -237,6 +256,7 @@ static void gen_destroy(struct gen *g)
     free(g->stop_strings);
     free(g->stop_lens);
     free(g->bias_id);
+    free(g->grammar);
     free(g->ids);
     free(g->why);
     free(g);
@@ -244,9 +264,11 @@ static void gen_destroy(struct gen *g)
 
 /* -- to the workers -- */
 
-static bool needs_ids_at_d(const struct wire_sampling *s)
+static bool needs_ids_at_d(const struct gen *g)
 {
-    return s->repetition_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0;
+    const struct wire_sampling *s = &g->sampling;
+    return g->n_grammar > 0 || s->repetition_penalty != 1 || s->presence_penalty != 0 ||
+           s->frequency_penalty != 0;
 }
 
 static enum err submit_to(struct gen *g, uint32_t attempt, uint32_t worker, uint32_t peer, bool ids)
@@ -263,9 +285,11 @@ static enum err submit_to(struct gen *g, uint32_t attempt, uint32_t worker, uint
     b->cache_salt = g->cache_salt;
     b->sampling = g->sampling;
     b->n_bias = g->n_bias;
+    b->n_grammar = g->n_grammar;
     if (ids)
         wire_put(&c->out, g->ids, g->n_ids * sizeof(*g->ids));
     wire_put(&c->out, g->bias_id, g->n_bias * (sizeof(int32_t) + sizeof(float)));
+    wire_put(&c->out, g->grammar, g->n_grammar);
     TRY(wire_end(&c->out));
     return cluster_send(c, worker);
 }
@@ -287,7 +311,7 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
               a->attempt, g->n_emitted, a->p, (int)a->d);
     enum err e = submit_to(g, a->attempt, a->p, a->d, true);
     if (e == ERR_OK && a->d != SCHED_NONE)
-        e = submit_to(g, a->attempt, a->d, a->p, needs_ids_at_d(&g->sampling));
+        e = submit_to(g, a->attempt, a->d, a->p, needs_ids_at_d(g));
     // A lost worker has taken the attempt with it; what is left is our own trouble.
     if (e != ERR_OK && sched_holds(c->sched, a->req, a->attempt, a->p))
         attempt_failed(g, SCHED_NONE, e, err_meaning(e));

@@ -71,6 +71,9 @@ struct gen_params {
     const int32_t *bias_id; /* [n_bias] logit biases, copied */
     const float *bias_value;
     uint32_t n_bias;
+    const char *grammar; /* [n_grammar] what the output is held to, copied; see
+                            common/grammar/grammar.h, whose grammar_compile took it */
+    size_t n_grammar;
     uint64_t cache_salt;
     uint64_t arrival_us; /* when the HTTP request was complete (clock_now_us) */
 };

@@ -313,10 +313,10 @@ static enum err check_submit(const struct wire_msg *m, const struct wire_submit 
     TRY(check_sampling(type, &b->sampling));
     if (b->n_emitted >= b->sampling.max_tokens)
         return bad(type, "n_emitted", b->n_emitted, "below max_tokens");
-    TRY(check_zero(type, b->zero));
     TRY(check_max(type, "n_bias", b->n_bias, WIRE_MAX_BIAS));
+    TRY(check_max(type, "n_grammar", b->n_grammar, WIRE_MAX_GRAMMAR));
     TRY(check_tail(m, (uint64_t)b->n_ids * sizeof(int32_t) +
-                          (uint64_t)b->n_bias * (sizeof(int32_t) + sizeof(float))));
+                          (uint64_t)b->n_bias * (sizeof(int32_t) + sizeof(float)) + b->n_grammar));
     const int32_t *ids = m->tail;
     TRY(check_ids(type, ids, b->n_ids + b->n_bias));
     const float *bias = (const float *)m->tail + b->n_ids + b->n_bias;

@@ -30,7 +30,7 @@
 #include "common/base/err.h"
 
 #define WIRE_MAGIC   0x4e544142u /* "BATN" */
-#define WIRE_VERSION 2
+#define WIRE_VERSION 3
 
 /* name, id, body struct, what it means */
 // clang-format off
@@ -68,11 +68,12 @@ enum wire_type {
 #define WIRE_MAX_STOP_IDS   16u
 #define WIRE_MAX_BIAS       1024u /* ids with a logit bias in SUBMIT */
 #define WIRE_MAX_BIAS_VALUE 100.0f
-#define WIRE_MAX_PAGES      16384u /* page indexes in GRANT and PAGES */
-#define WIRE_MAX_HIDDEN     8192u  /* floats in READY */
-#define WIRE_MAX_STREAMS    4096u  /* records in TOKENS */
-#define WIRE_MAX_STEP       16u    /* tokens of one stream in one step */
-#define WIRE_MAX_TOP        20u    /* alternatives per token */
+#define WIRE_MAX_GRAMMAR    (256u << 10) /* bytes of a grammar in SUBMIT */
+#define WIRE_MAX_PAGES      16384u       /* page indexes in GRANT and PAGES */
+#define WIRE_MAX_HIDDEN     8192u        /* floats in READY */
+#define WIRE_MAX_STREAMS    4096u        /* records in TOKENS */
+#define WIRE_MAX_STEP       16u          /* tokens of one stream in one step */
+#define WIRE_MAX_TOP        20u          /* alternatives per token */
 #define WIRE_MAX_NAME       32u
 #define WIRE_MAX_ADDRESS    128u
 #define WIRE_MAX_TEXT       256u
@@ -200,9 +201,9 @@ struct wire_sampling {
     int32_t stop_ids[WIRE_MAX_STOP_IDS];
 };
 
-/* + int32_t ids[n_ids], int32_t bias_id[n_bias], float bias_value[n_bias].
+/* + int32_t ids[n_ids], int32_t bias_id[n_bias], float bias_value[n_bias], char grammar[n_grammar].
  * ids: prompt then output of earlier attempts. To the prefill worker all of them. To the decode
- * worker all of them when penalties need them, else none (n_ids = 0). */
+ * worker all of them when penalties or a grammar need them, else none (n_ids = 0). */
 struct wire_submit {
     uint32_t n_prompt, n_emitted; // emitted: output tokens of earlier attempts, part of the input
     uint32_t n_ids;
@@ -211,8 +212,8 @@ struct wire_submit {
     uint64_t peer_instance;
     uint64_t cache_salt; // prefix-cache pages are shared only within equal salts
     struct wire_sampling sampling;
-    uint32_t n_bias; // added to the logits of that many ids
-    uint32_t zero;
+    uint32_t n_bias;    // added to the logits of that many ids
+    uint32_t n_grammar; // bytes of what the output is held to (common/grammar/grammar.h); 0: none
 };
 
 enum wire_finish { WIRE_RUNNING = 0, WIRE_STOP = 1, WIRE_LENGTH = 2 };
