@@ -719,6 +719,8 @@ static enum err choice_start(struct api_choice *choice, uint32_t i)
         .bias_id = call->params.bias_id,
         .bias_value = call->params.bias_value,
         .n_bias = call->params.n_bias,
+        .grammar = call->grammar,
+        .n_grammar = call->n_grammar,
         .cache_salt = call->params.cache_salt,
         .arrival_us = call->arrival_us,
     };
@@ -955,6 +957,7 @@ void api_call_finish(struct api_call *call)
     chat_prompt_finish(&call->chat);
     json_out_finish(&call->head);
     api_params_finish(&call->params);
+    free(call->grammar);
     json_decref(call->tools);
     json_decref(call->json);
     free(call->body);

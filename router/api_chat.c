@@ -41,7 +41,7 @@ enum err api_chat_render(struct api_call *call, const json_t *body)
         tools = NULL;
     if (tools)
         TRY(check_tools(tools, f));
-    if (p->tool_choice_none)
+    if (p->tool_choice == API_TOOLS_NONE)
         tools = NULL;
     if (p->continue_final_message) {
         const json_t *last = json_array_get(messages, json_array_size(messages) - 1);
@@ -66,6 +66,7 @@ enum err api_chat_render(struct api_call *call, const json_t *body)
         if (!p->parallel_tool_calls)
             TRY(stop_after_call(call));
     }
+    TRY(api_grammar_make(call, tools));
     return api_call_add_prompts(call, 1) ? ERR_OK : ERR_NOMEM;
 }
 
@@ -155,10 +156,6 @@ static enum err check_tools(const json_t *tools, struct api_failure *f)
             return api_refuse(f, "tools", "tools[%zu].type must be \"function\"", i);
         if (!json_is_string(json_object_get(json_object_get(tool, "function"), "name")))
             return api_refuse(f, "tools", "tools[%zu].function.name must be a string", i);
-        const json_t *function = json_object_get(tool, "function");
-        if (json_is_true(json_object_get(function, "strict")))
-            return api_fail(f, 400, "unsupported_value", "tools",
-                            "tools[%zu].function.strict is not supported", i);
     }
     return ERR_OK;
 }

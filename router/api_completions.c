@@ -79,6 +79,7 @@ static enum err completions_parse(struct api_call *call, const json_t *body)
 {
     TRY(api_params_read(body, API_COMPLETIONS, &call->model, &call->params, &call->failure));
     TRY(read_prompts(call, json_object_get(body, "prompt")));
+    TRY(api_grammar_make(call, NULL));
     json_out_fmt(&call->head, "{\"id\":\"%s\",\"object\":\"text_completion\",\"created\":%llu,",
                  call->id, (unsigned long long)call->created_s);
     out_raw(&call->head, "\"model\":");

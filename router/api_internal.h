@@ -62,6 +62,8 @@ enum api_dialect {
 
 enum api_thinking { API_THINKING_DEFAULT, API_THINKING_ON, API_THINKING_OFF };
 
+enum api_tool_choice { API_TOOLS_AUTO, API_TOOLS_NONE, API_TOOLS_REQUIRED };
+
 /* Everything a client can ask for, preset to "not said". Strings lead into the parsed body. */
 struct api_params {
     const char *model;
@@ -74,8 +76,12 @@ struct api_params {
     bool has_seed;
     bool stream, include_usage, running_usage, echo, ignore_eos, skip_special, include_stop;
     bool do_sample, return_details;
-    bool tool_choice_none, parallel_tool_calls, separate_reasoning, include_reasoning;
+    bool parallel_tool_calls, separate_reasoning, include_reasoning;
     bool add_generation_prompt, continue_final_message, clear_thinking;
+    enum api_tool_choice tool_choice;
+    const char *tool_named;     /* REQUIRED: only this function, or NULL */
+    json_t *schema;             /* of the answer, owned; NULL: any text */
+    const char *schema_param;   /* the parameter that said so */
     enum api_thinking thinking; /* chat_template_kwargs, thinking, enable_thinking */
     enum api_thinking effort;   /* reasoning_effort, which yields to the former */
     int64_t best_of;
@@ -235,6 +241,8 @@ struct api_call {
     json_t *tools; /* those that the model was shown, or NULL */
     bool one_call; /* the output ends after the first call: </tool_call> is a stop id */
     bool thinking; /* the chat's output begins inside reasoning */
+    char *grammar; /* [n_grammar] what every output is held to, or NULL */
+    size_t n_grammar;
 
     struct api_prompt *prompts;
     size_t n_prompts;
@@ -277,6 +285,10 @@ MUST_CHECK enum err api_chat_encode(struct api_call *call);
 MUST_CHECK enum err api_prompts_encode(struct api_call *call);
 /* For encode: checks every prompt against the context and sets its max_tokens. */
 MUST_CHECK enum err api_call_encoded(struct api_call *call, const char *param);
+
+/* For parse: the grammar that tools (those the model is shown, or NULL) and params ask for, if any.
+ * Refuses what cannot be enforced. */
+MUST_CHECK enum err api_grammar_make(struct api_call *call, const json_t *tools);
 
 /* An id that ends the output (so it has no text and no logprob entry of its own). */
 bool api_ends_output(const struct api_call *call, int32_t id);

@@ -223,17 +223,16 @@ static enum err read_tools(const json_t *tools, json_t **ret, struct api_failure
         if (type && strcmp(type, "custom") != 0)
             return api_refuse(f, "tools", "tools[%zu]: tools of type \"%.48s\" are not supported",
                               i, type);
-        if (json_is_true(json_object_get(tool, "strict")))
-            return api_fail(f, 400, "unsupported_value", "tools",
-                            "tools[%zu].strict is not supported", i);
+        json_t *strict = json_object_get(tool, "strict");
         json_t *name = json_object_get(tool, "name");
         json_t *schema = json_object_get(tool, "input_schema");
         if (!json_is_string(name) || !json_is_object(schema))
             return api_refuse(f, "tools", "tools[%zu] must have a name and an object input_schema",
                               i);
         json_t *out =
-            json_pack("{s:s,s:{s:O,s:O*,s:O}}", "type", "function", "function", "name", name,
-                      "description", json_object_get(tool, "description"), "parameters", schema);
+            json_pack("{s:s,s:{s:O,s:O*,s:O,s:O*}}", "type", "function", "function", "name", name,
+                      "description", json_object_get(tool, "description"), "parameters", schema,
+                      "strict", json_is_true(strict) ? strict : NULL);
         if (json_array_append_new(all, out) != 0)
             return api_fail_err(f, err_set(ERR_NOMEM, "no memory for the request"), "tools");
     }

@@ -237,6 +237,8 @@ void api_params_finish(struct api_params *p)
 {
     free(p->bias_id);
     p->bias_id = NULL;
+    json_decref(p->schema);
+    p->schema = NULL;
 }
 
 static const char *type_name(const json_t *value)
@@ -684,37 +686,73 @@ static enum err read_stream_options(const char *name, const json_t *value,
     return ERR_OK;
 }
 
+/* "required", or a function: {"type": "function", "function": {"name": ..}}, in the newer shape
+ * {"type": "function", "name": ..}. The older function_call has neither. */
 static enum err read_tool_choice(const char *name, const json_t *value,
                                  const struct cluster_model *model, struct api_params *p,
                                  struct api_failure *f)
 {
     (void)model;
-    const char *s = json_string_value(value);
-    bool none = s && !strcmp(s, "none"), tools = !strcmp(name, "tool_choice");
-    if (none || (s && !strcmp(s, "auto"))) {
+    const char *s = json_string_value(value),
+               *type = json_string_value(json_object_get(value, "type"));
+    bool tools = !strcmp(name, "tool_choice");
+    if (s && (!strcmp(s, "none") || !strcmp(s, "auto"))) {
         if (tools)
-            p->tool_choice_none = none;
+            p->tool_choice = !strcmp(s, "none") ? API_TOOLS_NONE : API_TOOLS_AUTO;
         return ERR_OK;
     }
-    return api_fail(f, 400, "unsupported_value", name,
-                    "%s %s%.32s%s is not supported: auto and none are", name, s ? "\"" : "",
-                    s ? s : type_name(value), s ? "\"" : "");
+    if (tools && s && !strcmp(s, "required")) {
+        p->tool_choice = API_TOOLS_REQUIRED;
+        return ERR_OK;
+    }
+    if (tools && type && !strcmp(type, "function")) {
+        const json_t *function = json_object_get(value, "function");
+        p->tool_named = json_string_value(json_object_get(function ? function : value, "name"));
+        p->tool_choice = API_TOOLS_REQUIRED;
+        return p->tool_named ? ERR_OK
+                             : api_refuse(f, name, "tool_choice must have the name of a function");
+    }
+    return api_fail(
+        f, 400, "unsupported_value", name, "%s %s%.32s%s is not supported: %s", name, s ? "\"" : "",
+        s      ? s
+        : type ? type
+               : type_name(value),
+        s ? "\"" : "", tools ? "auto, none, required and a function are" : "auto and none are");
 }
 
+/* {"type": "text" | "json_object" | "json_schema"}. The schema lies in json_schema.schema, in the
+ * newer APIs beside the type. It is enforced whether or not strict is said. */
 static enum err read_response_format(const char *name, const json_t *value,
                                      const struct cluster_model *model, struct api_params *p,
                                      struct api_failure *f)
 {
     (void)model;
-    (void)p;
     if (!json_is_object(value))
         return wrong_type(f, name, "an object", value);
     const char *type = json_string_value(json_object_get(value, "type"));
     if (!type)
         return api_refuse(f, name, "%s.type must be a string", name);
-    if (strcmp(type, "text") != 0)
+    json_t *schema = NULL;
+    if (!strcmp(type, "json_object")) {
+        schema = json_pack("{s:s}", "type", "object");
+        if (!schema)
+            return api_fail_err(f, err_set(ERR_NOMEM, "no memory for the request"), name);
+    } else if (!strcmp(type, "json_schema")) {
+        const json_t *outer = json_object_get(value, "json_schema");
+        schema = json_incref(json_object_get(outer ? outer : value, "schema"));
+        if (!json_is_object(schema)) {
+            json_decref(schema);
+            return api_refuse(f, name, "%s%s.schema must be an object", name,
+                              outer ? ".json_schema" : "");
+        }
+    } else if (strcmp(type, "text") != 0) {
         return api_fail(f, 400, "unsupported_value", name,
-                        "%s.type \"%.32s\" is not supported: text is", name, type);
+                        "%s.type \"%.32s\" is not supported: text, json_object and json_schema are",
+                        name, type);
+    }
+    json_decref(p->schema);
+    p->schema = schema;
+    p->schema_param = name;
     return ERR_OK;
 }
 
@@ -767,7 +805,7 @@ static enum err read_bias(const char *name, const json_t *value, const struct cl
     if (n > WIRE_MAX_BIAS)
         return api_refuse(f, name, "%s has %zu entries, must have at most %u", name, n,
                           WIRE_MAX_BIAS);
-    api_params_finish(p);
+    free(p->bias_id);
     p->n_bias = 0;
     p->bias_id = malloc(MAX(n, 1) * (sizeof(*p->bias_id) + sizeof(*p->bias_value)));
     if (!p->bias_id)
@@ -845,7 +883,7 @@ static enum err read_output_config(const char *name, const json_t *value,
     const json_t *format = json_object_get(value, "format");
     const json_t *effort = json_object_get(value, "effort");
     if (format && !json_is_null(format))
-        return unsupported(f, "output_config.format");
+        TRY(read_response_format("output_config.format", format, model, p, f));
     enum api_thinking before = p->effort; /* how much to think, not whether */
     if (effort && !json_is_null(effort))
         TRY(read_effort("output_config.effort", effort, model, p, f));
@@ -862,7 +900,15 @@ static enum err read_anthropic_choice(const char *name, const json_t *value,
     if (json_is_true(json_object_get(value, "disable_parallel_tool_use")))
         p->parallel_tool_calls = false;
     const json_t *type = json_object_get(value, "type");
-    if (!json_is_string(type))
+    const char *s = json_string_value(type);
+    if (!s)
         return api_refuse(f, "tool_choice.type", "tool_choice.type must be a string");
+    if (!strcmp(s, "any") || !strcmp(s, "tool")) {
+        p->tool_choice = API_TOOLS_REQUIRED;
+        p->tool_named = s[0] == 't' ? json_string_value(json_object_get(value, "name")) : NULL;
+        if (s[0] == 't' && !p->tool_named)
+            return api_refuse(f, "tool_choice.name", "tool_choice must have the name of a tool");
+        return ERR_OK;
+    }
     return read_tool_choice(name, type, model, p, f);
 }

@@ -185,16 +185,15 @@ static enum err read_tools(const json_t *tools, json_t **ret, struct api_failure
                               "tools[%zu]: tools of type \"%.48s\" are not supported, "
                               "only \"function\"",
                               i, type ? type : "");
-        if (json_is_true(json_object_get(tool, "strict")))
-            return api_fail(f, 400, "unsupported_value", "tools",
-                            "tools[%zu].strict is not supported", i);
+        json_t *strict = json_object_get(tool, "strict");
         json_t *name = json_object_get(tool, "name");
         if (!json_is_string(name))
             return api_refuse(f, "tools", "tools[%zu].name must be a string", i);
         json_t *parameters = json_object_get(tool, "parameters");
-        json_t *out = json_pack("{s:s,s:{s:O,s:O*,s:O*}}", "type", "function", "function", "name",
-                                name, "description", json_object_get(tool, "description"),
-                                "parameters", json_is_null(parameters) ? NULL : parameters);
+        json_t *out = json_pack("{s:s,s:{s:O,s:O*,s:O*,s:O*}}", "type", "function", "function",
+                                "name", name, "description", json_object_get(tool, "description"),
+                                "parameters", json_is_null(parameters) ? NULL : parameters,
+                                "strict", json_is_true(strict) ? strict : NULL);
         if (json_array_append_new(all, out) != 0)
             return api_fail_err(f, err_set(ERR_NOMEM, "no memory for the request"), "tools");
     }
@@ -231,11 +230,12 @@ static enum err keep_echo(struct api_call *call, const json_t *body)
     out_member(o, body, "metadata", "{}");
     out_member(o, body, "tools", "[]");
     out_member(o, body, "tool_choice", "\"auto\"");
+    out_member(o, body, "text", "{\"format\":{\"type\":\"text\"}}");
     out_member(o, body, "user", "null");
     out_member(o, body, "reasoning", "{\"effort\":null,\"summary\":null}");
     json_out_fmt(o,
-                 ",\"parallel_tool_calls\":%s,\"text\":{\"format\":{\"type\":\"text\"}},"
-                 "\"truncation\":\"disabled\",\"store\":false,\"background\":false,"
+                 ",\"parallel_tool_calls\":%s,\"truncation\":\"disabled\",\"store\":false,"
+                 "\"background\":false,"
                  "\"previous_response_id\":null",
                  p->parallel_tool_calls ? "true" : "false");
     if (o->failed)

@@ -97,10 +97,11 @@ static enum err build(struct grammar *g, const json_t *spec)
     else
         text = calls;
     g->start = program_either(g, json, text);
-    if (reasoning) { /* a call may begin where </think> was forgotten */
-        uint32_t loop = program_forward(g);
+    if (reasoning) { /* a call may begin where </think> was forgotten; clients drop the new lines */
+        uint32_t loop = program_forward(g), line = program_text(g, "\n", 1, PROGRAM_RETURN);
+        uint32_t answer = program_repeat(g, line, 0, 2, g->start);
         uint32_t edges[] = {anything_but(g, TAG_THINK_END, TAG_CALL, loop),
-                            program_tag(g, TAG_THINK_END, g->start), calls};
+                            program_tag(g, TAG_THINK_END, answer), calls};
         program_resolve(g, loop, program_split(g, edges, 3));
         g->start = loop;
     }

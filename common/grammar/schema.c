@@ -934,9 +934,7 @@ void schema_compiler_destroy(struct schema_compiler *c)
 
 enum err schema_build_json(struct schema_compiler *c, uint32_t next, uint32_t *ret)
 {
-    uint32_t value;
-    TRY(build(c, c->x.root, FORM_JSON, next, &value));
-    *ret = space(c, value);
+    TRY(build(c, c->x.root, FORM_JSON, next, ret));
     return run_rules(c);
 }
 

@@ -24,7 +24,7 @@ MUST_CHECK enum err schema_compiler_create(struct grammar *g, const json_t *root
 void schema_compiler_destroy(struct schema_compiler *c);
 DEFINE_OWNED(schema_compiler)
 
-/* A JSON text that is valid for the root; whitespace between its parts and in front. */
+/* A JSON text that is valid for the root, whitespace between its parts. */
 MUST_CHECK enum err schema_build_json(struct schema_compiler *c, uint32_t next, uint32_t *ret);
 /* The arguments of a call as pairs of tags; next follows the last pair. */
 MUST_CHECK enum err schema_build_arguments(struct schema_compiler *c, uint32_t next, uint32_t *ret);

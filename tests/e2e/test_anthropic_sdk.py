@@ -91,10 +91,13 @@ def test_tool_choice(client):
     assert create(client, GARAGE, tools=[LIGHT], tool_choice={"type": "none"}).stop_reason != "tool_use"
     auto = create(client, GARAGE, tools=[LIGHT], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
     assert [b.type for b in auto.content] == ["tool_use"]
-    for refused in ({"type": "any"}, {"type": "tool", "name": "set_light"}):
-        with pytest.raises(anthropic.BadRequestError) as e:
-            create(client, GARAGE, tools=[LIGHT], tool_choice=refused)
-        assert "tool_choice" in str(e.value)
+    dog = [{"role": "user", "content": "What is a dog?"}]
+    for forced in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "set_light"}):
+        m = create(client, dog, tools=[LIGHT], tool_choice=forced)
+        assert {b.type for b in m.content} == {"tool_use"} and m.content[0].name == "set_light"
+    with pytest.raises(anthropic.BadRequestError) as e:
+        create(client, GARAGE, tools=[LIGHT], tool_choice={"type": "tool", "name": "nothing"})
+    assert "tool_choice" in str(e.value)
 
 
 def test_system_and_blocks(client):

@@ -169,7 +169,7 @@ def test_tool_results(client):
         texts.append(chat(client, [*ask, message, result], tools=tools).choices[0].message.content)
     assert texts == ["It is 12:34."] * 2
     with pytest.raises(openai.BadRequestError) as e:
-        chat(client, ask, tools=tools, tool_choice="required")
+        chat(client, ask, tool_choice="required")
     assert e.value.param == "tool_choice"
 
 

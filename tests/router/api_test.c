@@ -77,6 +77,7 @@ static struct {
 } script;
 
 static struct {
+    char grammar[400]; /* of the last gen */
     uint32_t n_bias;
     int32_t bias_id;
     float bias_value;
@@ -152,6 +153,8 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     asked.n_prompt = p->n_prompt;
     asked.cache_salt = p->cache_salt;
     asked.n_bias = p->n_bias;
+    snprintf(asked.grammar, sizeof(asked.grammar), "%.*s", (int)p->n_grammar,
+             p->n_grammar ? p->grammar : "");
     if (p->n_bias) {
         asked.bias_id = p->bias_id[p->n_bias - 1];
         asked.bias_value = p->bias_value[p->n_bias - 1];
@@ -587,9 +590,10 @@ static char *joined(const json_t *events, int idx, const char *way)
         free(joined_);                                                                             \
     } while (0)
 
-#define CHAT "/v1/chat/completions"
-#define COMP "/v1/completions"
-#define HI   "\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]"
+#define CHAT   "/v1/chat/completions"
+#define COMP   "/v1/completions"
+#define F_TOOL "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}],"
+#define HI     "\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]"
 
 /* ---- tests ---- */
 
@@ -699,8 +703,26 @@ static void table_of_requests(void)
         {"POST", CHAT, "{\"tool_choice\":{\"type\":\"function\"}," HI "}", 400,
          "\"param\":\"tool_choice\""},
         {"POST", CHAT, "{\"tool_choice\":\"auto\"," HI "}", 200, "choices"},
-        {"POST", CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}", 400,
-         "response_format"},
+        {"POST", CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}", 200, "choices"},
+        {"POST", CHAT, "{\"response_format\":{\"type\":\"xml\"}," HI "}", 400,
+         "response_format.type \\\"xml\\\" is not supported"},
+        {"POST", CHAT, "{\"response_format\":{\"type\":\"json_schema\"}," HI "}", 400,
+         "response_format.schema must be an object"},
+        {"POST", CHAT,
+         "{\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\","
+         "\"schema\":"
+         "{\"properties\":{\"a\":{\"not\":{}}}}}}," HI "}",
+         400, "response_format: properties.a: \\\"not\\\" is not supported"},
+        {"POST", CHAT, "{\"response_format\":{\"type\":\"json_object\"},\"min_tokens\":2," HI "}",
+         400, "min_tokens together with response_format is not supported"},
+        {"POST", CHAT,
+         "{\"response_format\":{\"type\":\"json_object\"},\"ignore_eos\":true," HI "}", 400,
+         "\"param\":\"ignore_eos\""},
+        {"POST", CHAT,
+         "{\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"g\"}}," F_TOOL HI "}",
+         400, "names \\\"g\\\", which is none of the tools"},
+        {"POST", CHAT, "{\"tool_choice\":{\"type\":\"allowed_tools\"}," F_TOOL HI "}", 400,
+         "tool_choice allowed_tools is not supported"},
         {"POST", CHAT, "{\"response_format\":{\"type\":\"text\"}," HI "}", 200, "choices"},
         {"POST", CHAT, "{\"logit_bias\":{\"5\":1,\"6\":-100}," HI "}", 200, "choices"},
         {"POST", CHAT, "{\"logit_bias\":[5]," HI "}", 400, "logit_bias must be an object"},
@@ -713,9 +735,9 @@ static void table_of_requests(void)
         {"POST", CHAT, "{\"parallel_tool_calls\":1," HI "}", 400,
          "\"param\":\"parallel_tool_calls\""},
         {"POST", CHAT,
-         "{\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"strict\":true}}]," HI
-         "}",
-         400, "tools[0].function.strict"},
+         "{\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"strict\":true,"
+         "\"parameters\":{\"type\":\"object\",\"patternProperties\":{}}}}]," HI "}",
+         400, "tools: tool f: \\\"patternProperties\\\" is not supported"},
         {"POST", CHAT, "{\"stream_options\":{\"x\":true}," HI "}", 400, "stream_options.x"},
         {"POST", CHAT, "{\"logit_bias\":{}," HI "}", 200, "choices"},
         {"POST", CHAT, "{\"functions\":[{}]," HI "}", 400, "\"param\":\"functions\""},
@@ -1927,6 +1949,76 @@ static void draining_and_destroying(void)
     tokenizer_destroy(tokenizer);
 }
 
+/* What an output is held to, by response format, tool_choice and strictness. */
+static void grammars(void)
+{
+#define FORMAT                                                                                     \
+    "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":"         \
+    "\"null\"}}},"
+#define CALM "\"reasoning_effort\":\"none\","
+#define TWO_TOOLS(strict)                                                                          \
+    "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"strict\":" strict            \
+    ",\"parameters\":{\"type\":\"object\"}}},"                                                     \
+    "{\"type\":\"function\",\"function\":{\"name\":\"g\",\"parameters\":{\"not\":{}}}}],"
+#define F "{\"name\":\"f\",\"parameters\":{\"type\":\"object\"}}"
+#define G "{\"name\":\"g\",\"parameters\":true}"
+    static const struct {
+        const char *path, *body, *grammar;
+    } cases[] = {
+        {CHAT, "{" HI "}", ""},
+        {CHAT, "{" F_TOOL HI "}", ""},
+        {CHAT, "{" FORMAT CALM HI "}",
+         "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
+        {CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"object\"}}"},
+        {CHAT, "{\"tool_choice\":\"required\"," TWO_TOOLS("null") CALM HI "}",
+         "{\"reasoning\":false,\"one_call\":false,\"tools\":[" F "," G "]}"},
+        {CHAT,
+         "{\"tool_choice\":\"required\",\"parallel_tool_calls\":false," FORMAT TWO_TOOLS("true") HI
+         "}",
+         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" F "," G "]}"},
+        {CHAT,
+         "{\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"g\"}}," TWO_TOOLS(
+             "false") HI "}",
+         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" G "]}"},
+        {CHAT, "{" TWO_TOOLS("true") HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"tools\":[" F "," G "],\"free\":true}"},
+        {CHAT, "{\"tool_choice\":\"none\"," FORMAT TWO_TOOLS("true") HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
+        {CHAT, "{" FORMAT TWO_TOOLS("null") HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"null\"},\"tools\":[" F "," G
+         "]}"},
+        {"/v1/completions", "{\"response_format\":{\"type\":\"json_object\"},\"prompt\":\"x\"}",
+         "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"object\"}}"},
+        {"/v1/responses",
+         "{\"text\":{\"format\":{\"type\":\"json_schema\",\"name\":\"n\",\"schema\":{}}},\"input\":"
+         "\"x\"}",
+         "{\"reasoning\":true,\"one_call\":false,\"schema\":{}}"},
+        {"/v1/responses",
+         "{\"tool_choice\":{\"type\":\"function\",\"name\":\"f\"},\"input\":\"x\",\"tools\":[{"
+         "\"type\":\"function\","
+         "\"name\":\"f\",\"strict\":true,\"parameters\":{\"type\":\"object\"}}]}",
+         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" F "]}"},
+        {"/v1/messages",
+         "{\"max_tokens\":9,\"tool_choice\":{\"type\":\"any\"},\"messages\":[{\"role\":\"user\","
+         "\"content\":\"x\"}],"
+         "\"tools\":[{\"name\":\"f\",\"input_schema\":{\"type\":\"object\"}}]}",
+         "{\"reasoning\":false,\"one_call\":false,\"tools\":[" F "]}"},
+        {"/v1/messages",
+         "{\"max_tokens\":9,\"output_config\":{\"format\":{\"type\":\"json_schema\",\"schema\":{"
+         "\"type\":\"null\"}}},"
+         "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}",
+         "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+        script_reset("hello");
+        struct answer a = ask("POST", cases[i].path, cases[i].body);
+        CHECK_INT(a.status, 200);
+        CHECK_STR(asked.grammar, cases[i].grammar);
+        answer_finish(&a);
+    }
+}
+
 int main(void)
 {
     set_up();
@@ -1935,6 +2027,7 @@ int main(void)
     RUN(chat_answers);
     RUN(reasoning_goes_by_ids);
     RUN(tool_calls);
+    RUN(grammars);
     RUN(chat_streams);
     RUN(usage_chunk);
     RUN(several_choices);

@@ -63,13 +63,13 @@ static bool accepts(const struct grammar *g, const char *text)
 
 struct sample {
     const char *schema;
-    const char *yes[8], *no[10];
+    const char *yes[8], *no[12];
 };
 
 /* clang-format off */
 static const struct sample samples[] = {
-    {"{\"type\":\"string\"}", {"\"\"", "\"a b\"", "\"\\n\\u00e9\\\"\"", "\"\xc3\xa9\xe4\xb8\xad\"", " \"x\"", "\n  \"x\"", "\"\\ud83d\\ude00\""},
-        {"", "a", "\"", "\"\n\"", "\"\xc3\"", "\"\\x\"", "\"a\" ", "\"\\ud83d\"", "\"\\u0000\"", "1"}},
+    {"{\"type\":\"string\"}", {"\"\"", "\"a b\"", "\"\\n\\u00e9\\\"\"", "\"\xc3\xa9\xe4\xb8\xad\"", "\"\\ud83d\\ude00\""},
+        {"", "a", "\"", "\"\n\"", "\"\xc3\"", "\"\\x\"", "\"a\" ", " \"a\"", "\"\\ud83d\"", "\"\\u0000\"", "1"}},
     {"{\"type\":\"string\",\"minLength\":2,\"maxLength\":3}", {"\"ab\"", "\"\xc3\xa9\xe4\xb8\xad\\n\""}, {"\"a\"", "\"abcd\"", "\"\""}},
     {"{\"type\":\"integer\"}", {"0", "-12", "123456789012345678"}, {"01", "1.0", "1e3", "-", "+1", "1234567890123456789"}},
     {"{\"type\":\"number\"}", {"0", "-1.5", "2e10", "0.25E-3", "-0"}, {".5", "1.", "1e", "00", "1e400", "NaN"}},
@@ -311,6 +311,7 @@ static void around_calls(void)
         {thinking, "<arg_key>?</think>" CALL("f"), true},
         {both, "hm</think>12", true},
         {both, "hm</think>\n12", true},
+        {both, "hm</think> 12", false},
         {both, "hm</think>" CALL("f"), true},
         {both, "hm", false},
         {both, "12", false},
