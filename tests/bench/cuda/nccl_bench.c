@@ -1,7 +1,7 @@
 /* nccl_bench.c: handing KV pages from one GPU to another over NCCL, as the workers do it: pairs of
  * kv_transport.h between two processes, pages of GLM-4.7-Flash (3.54 MB) all over both pools.
  *
- *   nccl_bench [quick]
+ *   nccl_bench [quick | kill]
  *
  * For each number of CTAs, registered pool or not, and pages per transfer:
  *   us      post to done at the sender, one transfer at a time: median and worst
@@ -297,7 +297,7 @@ static struct row row_measure(struct setting *s, uint32_t n_pages)
 struct death {
     bool we_send;
     enum err result;
-    double told_ms, out_ms;
+    double up_ms, told_ms, out_ms;
 };
 
 static struct death death_measure(bool we_send, uint32_t delay_us)
@@ -307,6 +307,7 @@ static struct death death_measure(bool we_send, uint32_t delay_us)
     other = child_start("");
     setting_open(&s);
     struct end *own = we_send ? &s.sender : &s.back;
+    d.up_ms = s.up_ms;
     uint64_t before = own->seq;
     struct order run = {.verb = RUN_QUEUED, .n = N_QUEUED, .n_pages = MAX_PAGES};
     if (we_send)
@@ -360,8 +361,10 @@ static void deaths_measure(void)
 {
     for (int i = 0; i < 10; i++) {
         struct death d = death_measure(i % 2, (uint32_t)i * 777);
-        printf("we %s, the peer is killed: told after %.0f ms, out after %.0f ms: %s\n",
-               d.we_send ? "send" : "receive", d.told_ms, d.out_ms, err_name(d.result));
+        printf(
+            "up after %.0f ms, we %s, the peer is killed: told after %.0f ms, out after %.0f ms: "
+            "%s\n",
+            d.up_ms, d.we_send ? "send" : "receive", d.told_ms, d.out_ms, err_name(d.result));
         deaths[n_deaths++] = d;
     }
 }
@@ -385,10 +388,11 @@ static void json_print(int n_gpus)
 
 int main(int argc, char **argv)
 {
+    crash_report();
     if (argc > 1 && !strcmp(argv[1], "child"))
         return child_main();
     setvbuf(stdout, NULL, _IOLBF, 0);
-    log_init("bench", LOG_ERROR);
+    log_init("bench", getenv("VERBOSE") ? LOG_DEBUG : LOG_ERROR);
     int n_gpus = count_gpus();
     if (n_gpus == 0) {
         printf("skipped: no CUDA device\n");
@@ -398,14 +402,18 @@ int main(int argc, char **argv)
     loopback = n_gpus < 2;
     printf("%s\n", loopback ? "one GPU: a rank that sends to itself, nothing crosses a link"
                             : "cuda:0 to cuda:1, two processes");
-    if (!loopback)
-        other = child_start("");
-    settings_measure(argc > 1 && !strcmp(argv[1], "quick"));
-    if (!loopback) {
-        close(other.control);
-        CHECK_INT(waitpid(other.pid, NULL, 0) == other.pid, 1);
-        deaths_measure();
+    const char *part = argc > 1 ? argv[1] : "";
+    if (strcmp(part, "kill")) {
+        if (!loopback)
+            other = child_start("");
+        settings_measure(!strcmp(part, "quick"));
+        if (!loopback) {
+            shutdown(other.control, SHUT_RDWR);
+            CHECK_INT(child_wait(&other), 0);
+        }
     }
+    if (!loopback)
+        deaths_measure();
     json_print(n_gpus);
     return check_done();
 }
