@@ -149,8 +149,7 @@ static void stream_end(struct decode *d, struct stream *gone)
     if (gone->slot >= 0)
         d->slot_used[gone->slot] = false;
     free(gone->pages);
-    free(gone->output_count);
-    free(gone->in_prompt);
+    seen_finish(&gone->seen);
     free(gone->bias_id);
     constraint_destroy(gone->constraint);
     free(gone);
@@ -200,19 +199,15 @@ static bool early_released(struct decode *d, uint64_t req_id, uint32_t attempt)
 static enum err count_ids(struct decode *d, struct stream *st, const struct wire_submit *s,
                           const int32_t *ids)
 {
-    size_t vocab = (size_t)d->model->vocab;
-    st->output_count = calloc(vocab, sizeof(*st->output_count));
-    st->in_prompt = calloc(vocab, 1);
-    if (!st->output_count || !st->in_prompt)
-        return err_set(ERR_NOMEM, "no memory for penalty counts");
+    TRY(seen_init(&st->seen, d->model->vocab));
     for (uint32_t i = 0; i < s->n_ids; i++) {
         if (ids[i] < 0 || ids[i] >= d->model->n_token_ids)
             return err_set(ERR_INVALID, "token id %d at %u is outside [0, %d)", ids[i], i,
                            d->model->n_token_ids);
         if (i < s->n_prompt)
-            st->in_prompt[ids[i]] = 1;
+            seen_prompt(&st->seen, ids[i]);
         else
-            st->output_count[ids[i]]++;
+            seen_output(&st->seen, ids[i]);
     }
     return ERR_OK;
 }
@@ -380,8 +375,8 @@ static void settle(struct decode *d, struct stream *st)
     st->n_ctx = st->n_input;
     st->n_output++;
     st->first_unsent = true;
-    if (st->output_count)
-        st->output_count[st->token]++;
+    if (st->seen.list)
+        seen_output(&st->seen, st->token);
 }
 
 /* ---- mail ---- */

@@ -225,10 +225,10 @@ static enum err draw(struct speculate *s, struct stream **streams, int n)
             s->owner[n_rows] = st;
             worker_sample_row(&st->sampling, st->n_ctx + 1 + j, st->n_output + j, s->banned[i],
                               n_banned, row);
-            row->output_count = st->output_count;
-            row->in_prompt = st->in_prompt;
+            row->seen = st->seen.list;
+            row->n_seen = st->seen.n;
             row->ahead = st->draft;
-            row->n_ahead = (int32_t)j;
+            row->n_ahead = st->seen.list ? (int32_t)j : 0;
             set_bias(st, row);
             row->allowed = s->allowed[st->window_row + (int)j];
             n_rows++;
@@ -278,8 +278,8 @@ void speculate_advance(struct speculate *s, struct stream *st, uint32_t n_tokens
     for (uint32_t j = 0; j < n_tokens; j++) {
         if (st->constraint && st->constraint_err == ERR_OK)
             st->constraint_err = constraint_advance(st->constraint, st->sampled[j]);
-        if (st->output_count)
-            st->output_count[st->sampled[j]]++;
+        if (st->seen.list)
+            seen_output(&st->seen, st->sampled[j]);
         st->pending_token[j] = st->sampled[j];
         st->pending_hidden[j] = (struct hidden_ref){HIDDEN_MAIN, st->window_row + (int)j};
     }

@@ -17,6 +17,7 @@
 #define BATON_STREAM_H
 
 #include "common/engine/engine.h"
+#include "common/engine/seen.h"
 #include "common/engine/worker.h"
 #include "common/grammar/constraint.h"
 
@@ -61,8 +62,7 @@ struct stream {
     float first_logprob;
     struct wire_top first_top[WIRE_MAX_TOP];
 
-    int32_t *output_count; // [V], NULL without penalties
-    uint8_t *in_prompt;    // [V]
+    struct seen seen; // empty without penalties
     uint32_t n_bias;
     int32_t *bias_id;              // [n_bias], and their values behind them; NULL without
     struct constraint *constraint; // what the output is held to, or NULL

@@ -251,10 +251,9 @@ cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_vali
 /* sample_ref on the device: the same ids and the same log-probabilities from the same logits. A
  * row's result depends on nothing but the row.
  *
- * Everything that a row names lives on the device, so a step uploads at most the rows themselves.
- * output_count and in_prompt are a stream's own arrays: cu_count_start makes them when a stream
- * with penalties joins, cu_count_tokens moves them on. V at most 2^19 and what fits shared memory
- * (445,000). */
+ * What a row points to is short: a few ids, or a bit per id for a mask. `ahead` may be where an
+ * earlier draw left its ids, so that a step can be launched before the last one has been read. V at
+ * most 2^19 and what fits shared memory (445,000). */
 #define CU_SAMPLE_MAX_TOP 20
 struct cu_sample_args {
     const float *logits;           // [*, V]
@@ -270,25 +269,6 @@ struct cu_sample_args {
                 // then rows is not read and may be NULL
 };
 cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream);
-
-/* Starts a stream's arrays: in_prompt[id] = 1 for the first n_prompt ids, output_count[id] = how
- * often it is among the other n_ids - n_prompt; 0 elsewhere. Ids outside [0, V) are left out. */
-struct cu_count_start_args {
-    const int32_t *ids;    // [n_ids]
-    int32_t *output_count; // [V]
-    uint8_t *in_prompt;    // [V]
-    int n_ids, n_prompt, V;
-};
-cudaError_t cu_count_start(const struct cu_count_start_args *a, cudaStream_t stream);
-
-/* output_count[i][token[i]] += by for every i that has an array and a token >= 0. by = -1 takes
- * refuted drafts back. */
-struct cu_count_tokens_args {
-    const int32_t *token;         // [n]
-    int32_t *const *output_count; // [n] device pointers, NULL: the stream has no penalties
-    int n, by;
-};
-cudaError_t cu_count_tokens(const struct cu_count_tokens_args *a, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

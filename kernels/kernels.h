@@ -156,6 +156,10 @@ void argmax_ref(const struct argmax_args *a);
 /* One draw per row: mask, bias, penalties, temperature, top-k, top-p, min-p, then Gumbel-max with
  * noise from Philox4x32-10 keyed by (seed), counter (position, id / 4, 0, 0). A pure function of
  * its row. Ids in the lists that are no tokens do nothing. */
+#define SAMPLE_MAX_AHEAD 32
+struct sample_seen {
+    int32_t id, count; // how often in the output; 0: only in the prompt
+};
 struct sample_row {
     uint64_t seed;
     int32_t position;  // absolute position of the token that is drawn
@@ -169,11 +173,11 @@ struct sample_row {
     const int32_t *bias_id;  // [n_bias] in the list's order where an id comes twice
     const float *bias_value; // [n_bias]
     const uint32_t *allowed; // [ceil(V / 32)] bit id % 32 of word id / 32: may be drawn; or NULL
-    const int32_t *output_count; // [V] occurrences in the output so far, or NULL: no penalties
-    int32_t n_ahead;             // ids that also count as output: the drafts before this row in its
-    const int32_t *ahead;        // [n_ahead] window, since it only matters if all were right
-    const uint8_t *in_prompt;    // [V] 1 if the id occurs in the prompt, or NULL (repetition only)
-    int32_t n_logprobs;          // -1 none, 0 the chosen id's, n: and the n best
+    int32_t n_seen;          // ids that penalties apply to: those of prompt and output, each
+    const struct sample_seen *seen; // [n_seen] once
+    int32_t n_ahead; // ids that also count as output: the drafts before this row in its window,
+    const int32_t *ahead; // [n_ahead] since it only matters if all were right
+    int32_t n_logprobs;   // -1 none, 0 the chosen id's, n: and the n best
 };
 struct sample_args {
     const float *logits;           // [T, V], not changed

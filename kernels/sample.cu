@@ -47,6 +47,7 @@ struct shared {
         uint64_t before, measure;
         int bin;
     } border;
+    uint32_t known; // of a row's ids ahead: has an entry in seen
     uint4 slice[1]; // as long as it takes
 };
 
@@ -157,11 +158,22 @@ __device__ void load(const struct slice *c, const float *row, int V)
     __syncthreads();
 }
 
+__device__ __forceinline__ void penalise(const struct slice *c, const struct sample_row *r, int id,
+                                         int count)
+{
+    int at = id - c->first;
+    if (at >= 0 && at < c->n)
+        c->logits()[at] = sample_penalise(c->logits()[at], count, r->repetition, r->frequency,
+                                          r->presence);
+}
+
 /* Bias, penalties, mask, bans; what may not be drawn becomes NaN. An id that comes twice in the bias list belongs to its first entry's
  * thread, which adds in the list's order. */
 __device__ void adjust(const struct slice *c, const struct sample_row *r)
 {
     float *z = c->logits();
+    if (threadIdx.x == 0)
+        c->s->known = 0;
     for (int i = threadIdx.x; i < r->n_bias; i += THREADS) {
         int id = r->bias_id[i], at = id - c->first;
         if (at < 0 || at >= c->n)
@@ -174,15 +186,29 @@ __device__ void adjust(const struct slice *c, const struct sample_row *r)
                 z[at] = ADD32(z[at], r->bias_value[j]);
     }
     __syncthreads();
-    bool repetition = r->repetition > 0 && r->repetition != 1.0f;
-    if (r->output_count || (repetition && r->in_prompt))
-        for (int i = threadIdx.x; i < c->n; i += THREADS) {
-            int id = c->first + i, count = r->output_count ? r->output_count[id] : 0;
-            for (int j = 0; j < r->n_ahead && r->output_count; j++)
-                count += r->ahead[j] == id;
-            bool seen = repetition && (count > 0 || (r->in_prompt && r->in_prompt[id]));
-            z[i] = sample_penalise(z[i], count, seen, r->repetition, r->frequency, r->presence);
+    for (int i = threadIdx.x; i < r->n_seen; i += THREADS) {
+        struct sample_seen seen = r->seen[i];
+        uint32_t known = 0;
+        for (int k = 0; k < r->n_ahead; k++)
+            if (r->ahead[k] == seen.id) {
+                seen.count++;
+                known |= 1u << k;
+            }
+        if (known)
+            atomicOr(&c->s->known, known);
+        penalise(c, r, seen.id, seen.count);
+    }
+    __syncthreads();
+    if (threadIdx.x < r->n_ahead && !(c->s->known >> threadIdx.x & 1)) {
+        int id = r->ahead[threadIdx.x], before = 0, count = 0;
+        for (int k = 0; k < r->n_ahead; k++) {
+            before += k < threadIdx.x && r->ahead[k] == id;
+            count += r->ahead[k] == id;
         }
+        if (before == 0)
+            penalise(c, r, id, count);
+    }
+    __syncthreads();
     if (r->allowed)
         for (int i = threadIdx.x; i < c->n; i += THREADS) {
             uint32_t id = (uint32_t)(c->first + i);
@@ -543,7 +569,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     c.first = (int)c.rank * width;
     c.n = max(min(a.n_valid - c.first, width), 0);
     load(&c, row, a.V);
-    if (r->n_bias > 0 || r->allowed || r->output_count || r->in_prompt || r->n_banned > 0)
+    if (r->n_bias > 0 || r->allowed || r->n_seen > 0 || r->n_ahead > 0 || r->n_banned > 0)
         adjust(&c, r);
     cluster_wait();
     int id = draw(&c, r);
@@ -664,30 +690,6 @@ cudaError_t argmax(const float *logits, const int32_t *logit_row, const int32_t 
                  n_rows_dev, id, V, n_valid, width);
 }
 
-/* ---- counts ---- */
-
-__global__ void count_start_kernel(struct cu_count_start_args a)
-{
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.n_ids; i += gridDim.x * blockDim.x) {
-        int id = a.ids[i];
-        if (id < 0 || id >= a.V)
-            continue;
-        if (i < a.n_prompt)
-            a.in_prompt[id] = 1;
-        else
-            atomicAdd(&a.output_count[id], 1);
-    }
-}
-
-__global__ void count_tokens_kernel(struct cu_count_tokens_args a)
-{
-    next_may_start();
-    previous_done();
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < a.n && a.output_count[i] && a.token[i] >= 0)
-        atomicAdd(&a.output_count[i][a.token[i]], a.by);
-}
-
 } // namespace
 
 cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid, cudaStream_t stream)
@@ -715,24 +717,4 @@ cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream)
         return err;
     return start(sample_kernel, dim3(a->T * CLUSTER), dim3(THREADS), smem, CLUSTER, stream, *a,
                  width);
-}
-
-cudaError_t cu_count_start(const struct cu_count_start_args *a, cudaStream_t stream)
-{
-    if (a->V <= 0 || a->n_ids < 0 || a->n_prompt > a->n_ids)
-        return cudaErrorInvalidValue;
-    cudaError_t err = cudaMemsetAsync(a->output_count, 0, (size_t)a->V * 4, stream);
-    if (!err)
-        err = cudaMemsetAsync(a->in_prompt, 0, (size_t)a->V, stream);
-    if (err || a->n_ids == 0)
-        return err;
-    count_start_kernel<<<(a->n_ids + 255) / 256, 256, 0, stream>>>(*a);
-    return cudaGetLastError();
-}
-
-cudaError_t cu_count_tokens(const struct cu_count_tokens_args *a, cudaStream_t stream)
-{
-    if (a->n <= 0)
-        return cudaSuccess;
-    return start(count_tokens_kernel, dim3((a->n + 127) / 128), dim3(128), 0, 1, stream, *a);
 }

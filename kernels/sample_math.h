@@ -30,11 +30,11 @@
 #define SAMPLE_PER_UNIT  16        /* buckets per unit of log-probability */
 #define SAMPLE_N_BUCKETS 1024
 
-/* Penalised logit of an id that occurs count times in the output. */
-SAMPLE_FN float sample_penalise(float z, int32_t count, int seen, float repetition, float frequency,
+/* Penalised logit of an id of prompt or output that occurs count times in the output. */
+SAMPLE_FN float sample_penalise(float z, int32_t count, float repetition, float frequency,
                                 float presence)
 {
-    if (seen)
+    if (repetition > 0 && repetition != 1)
         z = z > 0 ? z / repetition : MUL32(z, repetition);
     if (count > 0)
         z = ADD32(z, -ADD32(MUL32(frequency, (float)count), presence));

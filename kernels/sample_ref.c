@@ -88,26 +88,56 @@ static void draw(const struct sample_args *a, int t, struct candidate *list)
     a->id[t] = gumbel_max(list, n, row);
 }
 
-/* Ids that may be drawn with biased and penalised logits, ascending. The list has room for all V,
- * so the first pass keeps an entry for every id and the bias finds its own. */
+static int32_t count_ahead(const struct sample_row *row, int32_t id, int n)
+{
+    int32_t count = 0;
+    for (int i = 0; i < n; i++)
+        count += row->ahead[i] == id;
+    return count;
+}
+
+static void penalise(const struct sample_row *row, int32_t id, int32_t count, int n_valid,
+                     struct candidate *list)
+{
+    if (id >= 0 && id < n_valid)
+        list[id].z =
+            sample_penalise(list[id].z, count, row->repetition, row->frequency, row->presence);
+}
+
+/* list[id] is every id's. */
+static void adjust(const struct sample_row *row, int n_valid, struct candidate *list)
+{
+    for (int i = 0; i < row->n_bias; i++)
+        if (row->bias_id[i] >= 0 && row->bias_id[i] < n_valid)
+            list[row->bias_id[i]].z += row->bias_value[i];
+    uint32_t known = 0; // of ahead: has an entry in seen
+    for (int i = 0; i < row->n_seen; i++) {
+        struct sample_seen seen = row->seen[i];
+        for (int k = 0; k < row->n_ahead; k++)
+            if (row->ahead[k] == seen.id) {
+                seen.count++;
+                known |= 1u << k;
+            }
+        penalise(row, seen.id, seen.count, n_valid, list);
+    }
+    for (int k = 0; k < row->n_ahead; k++) {
+        int32_t id = row->ahead[k];
+        if (!(known >> k & 1) && count_ahead(row, id, k) == 0)
+            penalise(row, id, count_ahead(row, id, row->n_ahead), n_valid, list);
+    }
+}
+
+/* Ids that may be drawn with biased and penalised logits, ascending. */
 static int gather(const struct sample_args *a, int t, struct candidate *list)
 {
     const struct sample_row *row = &a->rows[t];
     const float *logits = a->logits + (int64_t)t * a->V;
-    bool repetition = row->repetition > 0 && row->repetition != 1.0f;
     int n = 0;
     for (int32_t id = 0; id < a->n_valid; id++)
         list[id].z = logits[id];
-    for (int i = 0; i < row->n_bias; i++)
-        if (row->bias_id[i] >= 0 && row->bias_id[i] < a->n_valid)
-            list[row->bias_id[i]].z += row->bias_value[i];
+    adjust(row, a->n_valid, list);
     for (int32_t id = 0; id < a->n_valid; id++) {
-        int32_t count = row->output_count ? row->output_count[id] : 0;
-        for (int i = 0; i < row->n_ahead && row->output_count; i++)
-            count += row->ahead[i] == id;
-        bool seen = repetition && (count > 0 || (row->in_prompt && row->in_prompt[id]));
-        float z = sample_penalise(list[id].z, count, seen, row->repetition, row->frequency,
-                                  row->presence);
+        float z = list[id].z;
         bool may = z == z && (!row->allowed || row->allowed[id / 32] >> (id % 32) & 1);
         list[n] = (struct candidate){fminf(fmaxf(z, -FLT_MAX), FLT_MAX), id};
         n += may;

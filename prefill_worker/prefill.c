@@ -24,6 +24,7 @@
 #include "common/base/failpoint.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "common/engine/seen.h"
 #include "common/grammar/constraint.h"
 #include "prefill_worker/handoff_out.h"
 #include "prefill_worker/packing.h"
@@ -102,8 +103,7 @@ struct prefill {
     struct prompt **candidate; // [max_prompts]
     int32_t *token, *position, *seq_start, *ctx_len, *block_table, *logit_row;
     struct hidden_ref *hidden_ref;
-    int32_t *output_count; // [V]
-    uint8_t *in_prompt;    // [V]
+    struct seen seen; // of the prompt whose first token is drawn
 };
 
 static void on_sent(void *user, uint64_t owner, uint32_t n_pages, enum err err);
@@ -137,12 +137,9 @@ enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
     p->block_table = alloc_array(seqs * p->max_pages, sizeof(int32_t));
     p->logit_row = alloc_array(seqs, sizeof(int32_t));
     p->hidden_ref = alloc_array(rows, sizeof(*p->hidden_ref));
-    p->output_count = alloc_array((size_t)p->model->vocab, sizeof(int32_t));
-    p->in_prompt = alloc_array((size_t)p->model->vocab, 1);
-    enum err err = ERR_OK;
+    enum err err = seen_init(&p->seen, p->model->vocab);
     if (!p->part || !p->part_tokens || !p->left || !p->candidate || !p->token || !p->position ||
-        !p->seq_start || !p->ctx_len || !p->block_table || !p->logit_row || !p->hidden_ref ||
-        !p->output_count || !p->in_prompt)
+        !p->seq_start || !p->ctx_len || !p->block_table || !p->logit_row || !p->hidden_ref)
         err = err_set(ERR_NOMEM, "no memory for a chunk of %u tokens", p->chunk_tokens);
     if (err == ERR_OK && !strcmp(c->config->prefix_cache, "on"))
         err = prefix_cache_create(c->pool, &p->cache);
@@ -539,14 +536,11 @@ static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
     bool penalised =
         s->presence_penalty != 0 || s->frequency_penalty != 0 || s->repetition_penalty != 1;
     if (penalised) {
-        memset(p->output_count, 0, (size_t)p->model->vocab * sizeof(p->output_count[0]));
-        memset(p->in_prompt, 0, (size_t)p->model->vocab);
-        for (uint32_t i = 0; i < q->n_prompt; i++)
-            p->in_prompt[q->ids[i]] = 1;
-        for (uint32_t i = q->n_prompt; i < q->n_ids; i++)
-            p->output_count[q->ids[i]]++;
-        row.output_count = p->output_count;
-        row.in_prompt = p->in_prompt;
+        seen_clear(&p->seen);
+        for (uint32_t i = 0; i < q->n_ids; i++)
+            (i < q->n_prompt ? seen_prompt : seen_output)(&p->seen, q->ids[i]);
+        row.seen = p->seen.list;
+        row.n_seen = p->seen.n;
     }
     row.n_bias = (int32_t)q->n_bias;
     row.bias_id = q->ids + q->n_ids;
@@ -859,7 +853,6 @@ void prefill_destroy(struct prefill *p)
     free(p->block_table);
     free(p->logit_row);
     free(p->hidden_ref);
-    free(p->output_count);
-    free(p->in_prompt);
+    seen_finish(&p->seen);
     free(p);
 }

@@ -809,8 +809,8 @@ static enum err cuda_draft(struct engine *e, const struct batch *b, const struct
 
 static bool is_plain_greedy(const struct sample_row *r)
 {
-    return !(r->temperature > 0) && !r->n_banned && !r->n_bias && !r->allowed && !r->output_count &&
-           !r->in_prompt && r->n_logprobs < 0;
+    return !(r->temperature > 0) && !r->n_banned && !r->n_bias && !r->allowed && !r->n_seen &&
+           !r->n_ahead && r->n_logprobs < 0;
 }
 
 /* Where the arrays of a draw go: one block of pinned memory and its twin on the device. */
@@ -858,11 +858,9 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
                             : draw_put(c, &b, r->bias_value, (size_t)r->n_bias * sizeof(float));
         d.allowed = draw_put(c, &b, r->allowed, (V + 31) / 32 * sizeof(*r->allowed));
         d.ahead = draw_put(c, &b, r->ahead, (size_t)r->n_ahead * sizeof(*r->ahead));
-        same = last && last->output_count == r->output_count;
-        d.output_count = same ? to[i - 1].output_count
-                              : draw_put(c, &b, r->output_count, V * sizeof(*r->output_count));
-        same = last && last->in_prompt == r->in_prompt;
-        d.in_prompt = same ? to[i - 1].in_prompt : draw_put(c, &b, r->in_prompt, V);
+        same = last && last->seen == r->seen && last->n_seen == r->n_seen;
+        d.seen = same ? to[i - 1].seen
+                      : draw_put(c, &b, r->seen, (size_t)r->n_seen * sizeof(*r->seen));
         if (b.full)
             break;
         to[i] = d;

@@ -52,8 +52,7 @@ static struct sample_row row_on_device(struct sample_row r)
     r.bias_value = on_device(r.bias_value);
     r.allowed = on_device(r.allowed);
     r.ahead = on_device(r.ahead);
-    r.output_count = on_device(r.output_count);
-    r.in_prompt = on_device(r.in_prompt);
+    r.seen = on_device(r.seen);
     return r;
 }
 
@@ -128,14 +127,12 @@ static struct sample_row make_row(int V)
         r.allowed = allowed;
     }
     if (data_below(3) == 0) {
-        int32_t *count = take_bytes((size_t)V * 4);
-        uint8_t *in_prompt = take_bytes((size_t)V);
-        for (int i = 0; i < V; i++) {
-            count[i] = data_below(4) == 0 ? data_below(4) : 0;
-            in_prompt[i] = data_below(3) == 0;
-        }
-        r.output_count = data_below(8) ? count : NULL;
-        r.in_prompt = data_below(8) ? in_prompt : NULL;
+        struct sample_seen *seen = take_bytes((size_t)V * sizeof(*seen));
+        int one_in = 1 + data_below(4);
+        for (int i = V - 1; i >= 0; i--)
+            if (data_below(one_in) == 0)
+                seen[r.n_seen++] = (struct sample_seen){i, data_below(4)};
+        r.seen = seen;
         r.n_ahead = data_below(4);
         r.presence = data_float();
         r.frequency = data_float();
@@ -158,10 +155,10 @@ static void describe(const struct sample_row *r, int V)
 {
     fprintf(stderr,
             "  V %d T %g k %d p %g min_p %g presence %g frequency %g repetition %g bias %d "
-            "banned %d mask %d logprobs %d\n",
+            "banned %d seen %d ahead %d mask %d logprobs %d\n",
             V, (double)r->temperature, r->top_k, (double)r->top_p, (double)r->min_p,
             (double)r->presence, (double)r->frequency, (double)r->repetition, r->n_bias,
-            r->n_banned, r->allowed != NULL, r->n_logprobs);
+            r->n_banned, r->n_seen, r->n_ahead, r->allowed != NULL, r->n_logprobs);
 }
 
 static bool finite_pair(float a, float b) { return isfinite(a) && isfinite(b); }
@@ -320,57 +317,7 @@ static void greedy_is_argmax(void)
     CHECK(n > 300);
 }
 
-/* ---- counts and graphs ----------------------------------------------------------------------- */
-
-static void counts_follow_the_tokens(void)
-{
-    enum { V = 1000, N = 700, PROMPT = 400, STREAMS = 3 };
-    arena_used = 0;
-    int32_t *ids = take_bytes(N * 4), *count = take_bytes(V * 4), *token = take_bytes(STREAMS * 4);
-    int32_t **counts = take_bytes(STREAMS * sizeof(*counts));
-    uint8_t *in_prompt = take_bytes(V);
-    int32_t want[V] = {0}, got[V];
-    uint8_t want_prompt[V] = {0}, got_prompt[V];
-    for (int i = 0; i < N; i++) {
-        ids[i] = data_below(V + 10) - 5;
-        if (ids[i] < 0 || ids[i] >= V)
-            continue;
-        if (i < PROMPT)
-            want_prompt[ids[i]] = 1;
-        else
-            want[ids[i]]++;
-    }
-    memset(count, 0x77, V * 4); // of the slot's former stream
-    memset(in_prompt, 0x77, V);
-    token[0] = 5;
-    token[1] = 5;
-    token[2] = -1;
-    counts[0] = on_device(count);
-    counts[1] = NULL;
-    counts[2] = on_device(count);
-    want[5] += 2;
-    upload();
-    struct cu_count_start_args start = {.ids = on_device(ids),
-                                        .output_count = on_device(count),
-                                        .in_prompt = on_device(in_prompt),
-                                        .n_ids = N,
-                                        .n_prompt = PROMPT,
-                                        .V = V};
-    CUDA(cu_count_start(&start, stream));
-    struct cu_count_tokens_args tokens = {
-        .token = on_device(token), .output_count = on_device(counts), .n = STREAMS, .by = 1};
-    for (int i = 0; i < 3; i++)
-        CUDA(cu_count_tokens(&tokens, stream));
-    tokens.by = -1;
-    CUDA(cu_count_tokens(&tokens, stream));
-    CUDA(cudaMemcpyAsync(got, on_device(count), sizeof(got), cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaMemcpyAsync(got_prompt, on_device(in_prompt), V, cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
-    for (int i = 0; i < V; i++) {
-        CHECK_INT(got[i], want[i]);
-        CHECK_INT(got_prompt[i], want_prompt[i]);
-    }
-}
+/* ---- graphs ---------------------------------------------------------------------------------- */
 
 /* A captured draw reads its rows anew at every replay. */
 static void graphs_replay_draws(void)
@@ -462,7 +409,6 @@ int main(int argc, char **argv)
     RUN(shapes_are_checked);
     RUN(draws_are_the_references);
     RUN(greedy_is_argmax);
-    RUN(counts_follow_the_tokens);
     RUN(graphs_replay_draws);
     cudaFree(dev_arena);
     free(host_arena);

@@ -97,10 +97,16 @@ static int32_t draw_by_definition(const float *logits, int n_valid, const struct
         banned |= r->allowed && !(r->allowed[id / 32] & 1u << (id % 32));
         for (int i = 0; i < r->n_bias; i++)
             z += r->bias_id[i] == id ? r->bias_value[i] : 0;
-        int count = r->output_count ? r->output_count[id] : 0;
-        for (int i = 0; i < r->n_ahead && r->output_count; i++)
+        int count = 0;
+        bool seen = false;
+        for (int i = 0; i < r->n_seen; i++)
+            if (r->seen[i].id == id) {
+                seen = true;
+                count = r->seen[i].count;
+            }
+        for (int i = 0; i < r->n_ahead; i++)
             count += r->ahead[i] == id;
-        if (count > 0 || (r->in_prompt && r->in_prompt[id]))
+        if (seen || count > 0)
             z = z > 0 ? z / r->repetition : z * r->repetition;
         if (count > 0)
             z -= r->frequency * (float)count + r->presence;
@@ -143,8 +149,7 @@ static void draws_follow_the_definition(void)
 {
     const int sizes[] = {1, 2, 5, 64, 333, 3072};
     static float logits[MAX_V];
-    static int32_t count[MAX_V];
-    static uint8_t in_prompt[MAX_V];
+    static struct sample_seen seen[MAX_V];
     static uint32_t allowed[(MAX_V + 31) / 32];
     int wrong = 0, n = 0;
     for (int trial = 0; trial < 6000; trial++) {
@@ -154,9 +159,10 @@ static void draws_follow_the_definition(void)
             logits[i] = data_float() * spread;
             if (trial % 5 == 0)
                 logits[i] = roundf(logits[i]); // ties
-            count[i] = data_below(4) == 0 ? data_below(4) : 0;
-            in_prompt[i] = data_below(3) == 0;
         }
+        int n_seen = 0, stride = 1 + data_below(1 + V / 10);
+        for (int i = data_below(3); i < V && data_below(4); i += 1 + data_below(stride))
+            seen[n_seen++] = (struct sample_seen){i, data_below(4)};
         int32_t banned[3] = {data_below(V), data_below(V), data_below(V)};
         int32_t bias_id[4] = {data_below(V), data_below(V), banned[0], -1};
         float bias_value[4] = {data_float() * 5, data_float() * spread, 100, 1};
@@ -173,10 +179,10 @@ static void draws_follow_the_definition(void)
             .presence = data_below(2) ? 0 : data_float(),
             .frequency = data_below(2) ? 0 : data_float(),
             .repetition = data_below(2) ? 1 : 1.0f + 0.5f * data_float(),
-            .output_count = data_below(2) ? count : NULL,
+            .seen = seen,
+            .n_seen = n_seen,
             .ahead = bias_id,
             .n_ahead = data_below(4),
-            .in_prompt = data_below(2) ? in_prompt : NULL,
             .banned = banned,
             .n_banned = V > 10 ? data_below(4) : 0,
             .bias_id = bias_id,
@@ -363,11 +369,11 @@ static void ties_go_to_the_lowest_id(void)
 static void penalties_move_logits(void)
 {
     const float logits[4] = {2, 1.5f, -1, -1.2f};
-    int32_t count[4] = {3, 0, 0, 0};
-    uint8_t in_prompt[4] = {1, 0, 1, 0};
+    struct sample_seen seen[] = {{0, 3}, {2, 0}, {-1, 9}, {4, 9}}; // the last two are no tokens
     struct sample_row r = plain;
     r.temperature = 0;
-    r.output_count = count;
+    r.seen = seen;
+    r.n_seen = 1;
     CHECK_INT(draw(logits, 4, 4, &r), 0);
     r.presence = 0.6f;
     CHECK_INT(draw(logits, 4, 4, &r), 1);
@@ -381,7 +387,7 @@ static void penalties_move_logits(void)
     r.banned = banned;
     r.n_banned = 2;
     CHECK_INT(draw(logits, 4, 4, &r), 2);
-    r.in_prompt = in_prompt; // multiplies the negative: -1.4 now
+    r.n_seen = 4; // id 2 is in the prompt: the negative is multiplied, -1.4 now
     CHECK_INT(draw(logits, 4, 4, &r), 3);
     const int32_t ahead[] = {3, 3}; // as if it had been drawn: -1.68
     r.ahead = ahead;
@@ -389,11 +395,14 @@ static void penalties_move_logits(void)
     CHECK_INT(draw(logits, 4, 4, &r), 2);
     r.repetition = 1;
     r.frequency = 0.05f; // -1.25, or twice -1.3, against -1 - 0.3
-    count[2] = 6;
+    seen[1].count = 6;
     CHECK_INT(draw(logits, 4, 4, &r), 3);
     r.n_ahead = 2;
-    count[2] = 5;
+    seen[1].count = 5;
     CHECK_INT(draw(logits, 4, 4, &r), 2);
+    const int32_t both[] = {2, 3}; // one more of each: -1.3 and -1.25
+    r.ahead = both;
+    CHECK_INT(draw(logits, 4, 4, &r), 3);
 }
 
 static void bias_and_mask_come_first(void)
@@ -420,13 +429,14 @@ static void bias_and_mask_come_first(void)
     r.seed = 9;
     CHECK_INT(draw(logits, 40, 40, &r), 39);
     // A penalty divides the biased logit: 3.5 becomes 1.75.
-    int32_t count[40] = {[1] = 1};
+    const struct sample_seen seen = {1, 1};
     r = plain;
     r.temperature = 0;
     r.bias_id = id;
     r.bias_value = value;
     r.n_bias = 3;
-    r.output_count = count;
+    r.seen = &seen;
+    r.n_seen = 1;
     CHECK_INT(draw(logits, 40, 40, &r), 1);
     r.repetition = 2;
     CHECK_INT(draw(logits, 40, 40, &r), 0);
@@ -465,15 +475,15 @@ static void logprobs_are_the_models_own(void)
 {
     enum { V = 500, TOP = 20 };
     static float logits[V], work[2 * V];
-    static int32_t count[V];
     for (int trial = 0; trial < 50; trial++) {
         for (int i = 0; i < V; i++)
             logits[i] = roundf(data_float() * 40) / 4;
-        count[data_below(V)] = 1;
+        const struct sample_seen seen = {data_below(V), 1};
         struct sample_row r = plain;
         r.temperature = 0.7f; // neither this nor penalties show in the logprobs
         r.presence = 3;
-        r.output_count = count;
+        r.seen = &seen;
+        r.n_seen = 1;
         r.n_logprobs = trial % (TOP + 1);
         int32_t id, top_id[TOP];
         float logprob, top[TOP];

@@ -414,7 +414,7 @@ static float *bell_logits(size_t n)
 
 static void bench_sample(void)
 {
-    enum { MOST = 512, ARRAYS = 64 };
+    enum { MOST = 512, SEEN = 1000 };
     const int sizes[] = {1, 8, 64, 256, 512};
     const struct {
         const char *name;
@@ -430,7 +430,7 @@ static void bench_sample(void)
          0,
          0},
         {"min-p 0.05", {.temperature = 1, .top_p = 1, .min_p = 0.05f, .n_logprobs = -1}, 0, 0},
-        {"penalties",
+        {"penalties, 1000 ids",
          {.temperature = 1, .top_p = 1, .presence = 0.5f, .repetition = 1.1f, .n_logprobs = -1},
          0,
          1},
@@ -446,10 +446,10 @@ static void bench_sample(void)
                                .n_valid = N_IDS,
                                .max_top = CU_SAMPLE_MAX_TOP};
     struct sample_row *dev_rows = device(sizeof(rows));
-    int32_t *count = device((size_t)ARRAYS * VOCAB * 4);
-    uint8_t *in_prompt = device((size_t)ARRAYS * VOCAB);
-    CHECK(cudaMemset(count, 0, (size_t)ARRAYS * VOCAB * 4));
-    CHECK(cudaMemset(in_prompt, 0, (size_t)ARRAYS * VOCAB));
+    struct sample_seen seen[SEEN], *dev_seen = device(sizeof(seen));
+    for (int i = 0; i < SEEN; i++)
+        seen[i] = (struct sample_seen){i * (N_IDS / SEEN), i % 4};
+    CHECK(cudaMemcpy(dev_seen, seen, sizeof(seen), cudaMemcpyHostToDevice));
     a.rows = dev_rows;
     printf("draws of %d ids: us (GB/s of logits) by rows\n%-22s", N_IDS, "");
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
@@ -460,10 +460,8 @@ static void bench_sample(void)
             rows[t] = kinds[k].row;
             rows[t].seed = (uint64_t)t;
             rows[t].position = t;
-            if (kinds[k].penalties) {
-                rows[t].output_count = count + (size_t)(t % ARRAYS) * VOCAB;
-                rows[t].in_prompt = in_prompt + (size_t)(t % ARRAYS) * VOCAB;
-            }
+            rows[t].seen = dev_seen;
+            rows[t].n_seen = kinds[k].penalties ? SEEN : 0;
         }
         a.greedy = k >= 0 && kinds[k].greedy;
         CHECK(cudaMemcpy(dev_rows, rows, sizeof(rows), cudaMemcpyHostToDevice));
@@ -474,8 +472,7 @@ static void bench_sample(void)
         }
     }
     printf("\n");
-    void *all[] = {(void *)a.logits, a.id,     a.logprob, a.top_id,
-                   a.top_logprob,    dev_rows, count,     in_prompt};
+    void *all[] = {(void *)a.logits, a.id, a.logprob, a.top_id, a.top_logprob, dev_rows, dev_seen};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
         CHECK(cudaFree(all[i]));
 }

@@ -229,13 +229,11 @@ static void draws_are_the_references(void)
     int V = weights->config.vocab, n_wrong = 0, n_rows = MIN(cases[0].n_prompt, N);
     double worst = 0;
     float *logits = calloc((size_t)V, sizeof(float)), *work = calloc((size_t)V * 2, sizeof(float));
-    int32_t *count = calloc((size_t)V, sizeof(int32_t));
-    uint8_t *in_prompt = calloc((size_t)V, 1);
+    struct sample_seen *seen = calloc((size_t)V, sizeof(*seen));
     uint32_t *allowed = calloc((size_t)V, sizeof(uint32_t));
-    REQUIRE(logits && work && count && in_prompt && allowed);
+    REQUIRE(logits && work && seen && allowed);
     for (int i = 0; i < V; i++) {
-        count[i] = i % 5 == 0 ? i % 3 : 0;
-        in_prompt[i] = i % 7 == 0;
+        seen[i] = (struct sample_seen){V - 1 - i, i % 3};
         allowed[i] = 0xf0f3u * (uint32_t)(i + 1);
     }
     const int32_t banned[] = {3, 5}, bias_id[] = {7, 9, 7};
@@ -260,10 +258,10 @@ static void draws_are_the_references(void)
                                       .bias_value = bias_value,
                                       .n_bias = i % 4,
                                       .allowed = i % 6 ? NULL : allowed,
-                                      .output_count = i % 2 ? count : NULL,
+                                      .seen = seen,
+                                      .n_seen = i % 2 ? V - i : 0,
                                       .ahead = bias_id,
                                       .n_ahead = i % 3,
-                                      .in_prompt = i % 2 ? in_prompt : NULL,
                                       .n_logprobs = i % 8 ? TOP : -1};
     }
     forward_one(0, 0, cases[0].seq, n_rows);
@@ -295,7 +293,7 @@ static void draws_are_the_references(void)
     printf("%d draws, logprobs within %.2g\n", N, worst);
     CHECK_INT(n_wrong, 0);
     CHECK_NEAR(worst, 0, 1e-4);
-    void *all[] = {logits, work, count, in_prompt, allowed};
+    void *all[] = {logits, work, seen, allowed};
     for (size_t i = 0; i < ARRAY_LEN(all); i++)
         free(all[i]);
 }
