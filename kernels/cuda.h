@@ -252,8 +252,8 @@ cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_vali
  * row's result depends on nothing but the row.
  *
  * What a row points to is short: a few ids, or a bit per id for a mask. `ahead` may be where an
- * earlier draw left its ids, so that a step can be launched before the last one has been read. V at
- * most 2^19 and what fits shared memory (445,000). */
+ * earlier draw left its ids (and -1 after them), so that a step can be launched before the last one
+ * has been read. V at most 2^19 and what fits shared memory (417,000). */
 #define CU_SAMPLE_MAX_TOP 20
 struct cu_sample_args {
     const float *logits;           // [*, V]
@@ -266,7 +266,7 @@ struct cu_sample_args {
     float *top_logprob;            // [T, max_top], or NULL
     int T, V, n_valid, max_top;    // max_top <= CU_SAMPLE_MAX_TOP
     int greedy; // promise about all rows: temperature 0, no mask, bias, bans, penalties, logprobs;
-                // then rows is not read and may be NULL
+                // then rows is not read and may be NULL, and only id is written
 };
 cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream);
 

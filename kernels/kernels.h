@@ -153,13 +153,15 @@ struct argmax_args {
 };
 void argmax_ref(const struct argmax_args *a);
 
-/* One draw per row: mask, bias, penalties, temperature, top-k, top-p, min-p, then Gumbel-max with
- * noise from Philox4x32-10 keyed by (seed), counter (position, id / 4, 0, 0). A pure function of
- * its row. Ids in the lists that are no tokens do nothing. */
-#define SAMPLE_MAX_AHEAD 32
+/* An id of a text, for the penalties. */
 struct sample_seen {
     int32_t id, count; // how often in the output; 0: only in the prompt
 };
+#define SAMPLE_MAX_AHEAD 32
+
+/* One draw per row: mask, bias, penalties, temperature, top-k, top-p, min-p, then Gumbel-max with
+ * noise from Philox4x32-10 keyed by (seed), counter (position, id / 4, 0, 0). A pure function of
+ * its row. Ids in the lists that are no tokens do nothing. */
 struct sample_row {
     uint64_t seed;
     int32_t position;  // absolute position of the token that is drawn
@@ -176,7 +178,7 @@ struct sample_row {
     int32_t n_seen;          // ids that penalties apply to: those of prompt and output, each
     const struct sample_seen *seen; // [n_seen] once
     int32_t n_ahead; // ids that also count as output: the drafts before this row in its window,
-    const int32_t *ahead; // [n_ahead] since it only matters if all were right
+    const int32_t *ahead; // [n_ahead <= SAMPLE_MAX_AHEAD] since it only matters if all were right
     int32_t n_logprobs;   // -1 none, 0 the chosen id's, n: and the n best
 };
 struct sample_args {

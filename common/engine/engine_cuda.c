@@ -859,8 +859,8 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
         d.allowed = draw_put(c, &b, r->allowed, (V + 31) / 32 * sizeof(*r->allowed));
         d.ahead = draw_put(c, &b, r->ahead, (size_t)r->n_ahead * sizeof(*r->ahead));
         same = last && last->seen == r->seen && last->n_seen == r->n_seen;
-        d.seen = same ? to[i - 1].seen
-                      : draw_put(c, &b, r->seen, (size_t)r->n_seen * sizeof(*r->seen));
+        d.seen =
+            same ? to[i - 1].seen : draw_put(c, &b, r->seen, (size_t)r->n_seen * sizeof(*r->seen));
         if (b.full)
             break;
         to[i] = d;
