@@ -5,7 +5,8 @@
   serve.py faults PREFIX [devices, flags] 10,000 handoffs, then workers killed in the middle of others
   serve.py flash PREFIX [devices, flags] full size, dummy weights: 512 requests of 300 + 200 tokens
   serve.py bench PREFIX [devices, workloads, flags]
-                                         full size, dummy weights: baton bench's workloads by name
+                                         full size, dummy weights: baton bench's workloads by name;
+                                         ShareGPT's prompts where PREFIX/sharegpt.jsonl is, else synthetic ones
 Only the standard library, since such a machine may have no more.
 """
 
@@ -250,7 +251,10 @@ def bench(devices, rest):
         cluster.ready(120)
         for workload in workloads:
             report = pathlib.Path(os.environ.get("OUT", cluster.dir)) / f"{workload}.json"
-            more = {"moderate": ["--num-prompts", "300"], "steady": ["--num-prompts", "150"]}.get(workload, [])
+            more = {"moderate": ["--num-prompts", "200"], "steady": ["--num-prompts", "80"]}.get(workload, [])
+            if (prefix / "sharegpt.jsonl").exists():
+                more += ["--data", prefix / "sharegpt.jsonl", "--prompts", "ids",
+                         "--extra-body", '{"skip_special_tokens": false}']
             failed += subprocess.run([prefix / "baton-bench", "--url", cluster.url, "--workload", workload,
                                       "--vocab-size", "2900", "--num-warmups", "64", "--json", report,
                                       *more]).returncode
