@@ -9,18 +9,16 @@
 #include "common/engine/kv_transport.h"
 
 struct kv_nccl_options {
-    int max_ctas;       /* SMs that a transfer may take at each end: 1 .. 32, rounded up to a
-                           power of two by NCCL. The receiver's word counts for both ends. */
-    bool register_pool; /* the sender writes straight into the receiver's pages: one copy less,
-                           but an abort no longer protects them (kv_nccl.c). Both ends. */
-    bool low_priority;  /* the transfer's stream: lowest priority instead of highest */
-    uint32_t stall_us;  /* a transfer that takes longer than this plus 1 ms per MB has failed */
+    int max_ctas;      /* SMs that a transfer may take at each end: 1 .. 32, rounded up to a
+                          power of two by NCCL. The receiver's word counts for both ends. */
+    bool low_priority; /* the transfer's stream: lowest priority instead of highest */
+    uint32_t stall_us; /* a transfer that takes longer than this plus 1 ms per MB has failed */
     const void *loopback_base; /* for tests on one GPU, which NCCL gives only one rank: both ends
                                   are in this process and the receiver copies from the sender's
                                   pool at this address. NULL: two ranks */
 };
 
-/* Default: 4 CTAs, no registration, high priority, 3 s. */
+/* Default: 4 CTAs, high priority, 3 s. */
 struct kv_nccl_options kv_nccl_default(void);
 /* For pairs made from now on. ERR_INVALID names the option that is out of range. */
 MUST_CHECK enum err kv_nccl_configure(const struct kv_nccl_options *o);

@@ -3,14 +3,13 @@
  *
  *   nccl_bench [quick | kill]
  *
- * For each number of CTAs, registered pool or not, and pages per transfer:
+ * For each number of CTAs and pages per transfer:
  *   us      post to done at the sender, one transfer at a time: median and worst
  *   GB/s    several posted at once, one direction; then both directions at the same time, the sum
  * Then the other process is killed within a transfer: how long until ours knows (told) and is rid
  * of the pair (out). On one GPU it is a rank that sends to itself, in one process, and nobody is
  * killed. The last line is all of it as JSON.
  */
-#include <nccl.h>
 #include <string.h>
 
 #include "check.h"
@@ -38,11 +37,7 @@ struct end {
     uint64_t seq;
 };
 
-/* Memory that NCCL can map in the other process. */
-static bool nccl_take(void **ret, size_t bytes) { return ncclMemAlloc(ret, bytes) == ncclSuccess; }
-static bool nccl_give(void *memory) { return ncclMemFree(memory) == ncclSuccess; }
-
-static void end_open(struct end *e, bool registered, int device)
+static void end_open(struct end *e, int device)
 {
     struct kv_pool_config c = {.n_pages = N_PAGES,
                                .n_layers = 48,
@@ -51,8 +46,6 @@ static void end_open(struct end *e, bool registered, int device)
                                .device = plain_device(device)};
     memset(e, 0, sizeof(*e));
     record_init(&e->record);
-    take_memory = registered ? nccl_take : plain_take;
-    give_memory = registered ? nccl_give : plain_give;
     CHECK_OK(kv_pool_create(&c, &e->pool));
     REQUIRE(e->pool);
     REQUIRE(cudaMemset(kv_pool_base(e->pool), 1 + device, N_PAGES * kv_pool_page_bytes(e->pool)) ==
@@ -92,7 +85,6 @@ enum verb { LISTEN, CONNECT, POST, RUN_QUEUED, CLOSE };
 struct order {
     enum verb verb;
     int max_ctas;
-    bool registered;
     uint32_t n, n_pages;
     char address[WIRE_MAX_ADDRESS];
 };
@@ -101,11 +93,10 @@ struct order {
 static struct child other;
 static struct end here_receiver, child_receiver, child_sender;
 
-static void options_set(int max_ctas, bool registered, const void *loopback_base)
+static void options_set(int max_ctas, const void *loopback_base)
 {
     struct kv_nccl_options o = kv_nccl_default();
     o.max_ctas = max_ctas;
-    o.register_pool = registered;
     o.loopback_base = loopback_base;
     CHECK_OK(kv_nccl_configure(&o));
 }
@@ -126,12 +117,12 @@ static void child_do(struct order *o)
 {
     switch (o->verb) {
     case LISTEN:
-        options_set(o->max_ctas, o->registered, NULL);
-        end_open(&child_receiver, o->registered, 1);
+        options_set(o->max_ctas, NULL);
+        end_open(&child_receiver, 1);
         receiver_listen(&child_receiver, o->address);
         break;
     case CONNECT:
-        end_open(&child_sender, o->registered, 1);
+        end_open(&child_sender, 1);
         sender_connect(&child_sender, o->address);
         break;
     case POST:
@@ -180,19 +171,18 @@ static struct order ask(const struct order *o)
 
 struct setting {
     int max_ctas;
-    bool registered;
     struct end sender, back; // back: receives from the other process
     double up_ms;
 };
 
 static void setting_open(struct setting *s)
 {
-    end_open(&s->sender, s->registered, 0);
+    end_open(&s->sender, 0);
     uint64_t start_us = clock_now_us();
-    struct order o = {.verb = LISTEN, .max_ctas = s->max_ctas, .registered = s->registered};
-    options_set(s->max_ctas, s->registered, loopback ? kv_pool_base(s->sender.pool) : NULL);
+    struct order o = {.verb = LISTEN, .max_ctas = s->max_ctas};
+    options_set(s->max_ctas, loopback ? kv_pool_base(s->sender.pool) : NULL);
     if (loopback) {
-        end_open(&here_receiver, s->registered, 0);
+        end_open(&here_receiver, 0);
         receiver_listen(&here_receiver, o.address);
     } else {
         o = ask(&o);
@@ -208,7 +198,7 @@ static void setting_open(struct setting *s)
     s->up_ms = (double)(clock_now_us() - start_us) / 1000;
     if (loopback)
         return;
-    end_open(&s->back, s->registered, 0);
+    end_open(&s->back, 0);
     o.verb = CONNECT;
     receiver_listen(&s->back, o.address);
     ask(&o);
@@ -240,7 +230,6 @@ static void receiver_post(uint32_t n, uint32_t n_pages)
 
 struct row {
     int max_ctas;
-    bool registered;
     uint32_t n_pages;
     double median_us, worst_us, one_gb_s, both_gb_s;
 };
@@ -258,7 +247,7 @@ static double gb_per_s(const struct end *e, uint32_t n_pages, uint64_t us)
 
 static struct row row_measure(struct setting *s, uint32_t n_pages)
 {
-    struct row r = {.max_ctas = s->max_ctas, .registered = s->registered, .n_pages = n_pages};
+    struct row r = {.max_ctas = s->max_ctas, .n_pages = n_pages};
     double us[N_SINGLE];
     receiver_post(N_SINGLE, n_pages);
     for (uint32_t i = 0; i < N_SINGLE; i++) {
@@ -339,22 +328,19 @@ static int n_rows, n_deaths;
 
 static void settings_measure(bool quick)
 {
-    printf("%4s %10s %5s %9s %9s %9s %9s\n", "CTAs", "registered", "pages", "us", "worst us",
-           "GB/s", "both GB/s");
-    for (int registered = 0; registered < 2; registered++)
-        for (int ctas = quick ? 4 : 1; ctas <= (quick ? 4 : 16); ctas *= 2) {
-            struct setting s = {.max_ctas = ctas, .registered = registered};
-            setting_open(&s);
-            printf("up after %.0f ms\n", s.up_ms);
-            for (size_t i = 0; i < ARRAY_LEN(page_counts) && !check_failures; i++) {
-                struct row r = row_measure(&s, page_counts[i]);
-                printf("%4d %10s %5u %9.0f %9.0f %9.1f ", ctas, registered ? "yes" : "no",
-                       r.n_pages, r.median_us, r.worst_us, r.one_gb_s);
-                printf("%9.1f\n", r.both_gb_s);
-                rows[n_rows++] = r;
-            }
-            setting_close(&s);
+    printf("%4s %5s %9s %9s %9s %9s\n", "CTAs", "pages", "us", "worst us", "GB/s", "both GB/s");
+    for (int ctas = quick ? 4 : 1; ctas <= (quick ? 4 : 16); ctas *= 2) {
+        struct setting s = {.max_ctas = ctas};
+        setting_open(&s);
+        printf("up after %.0f ms\n", s.up_ms);
+        for (size_t i = 0; i < ARRAY_LEN(page_counts) && !check_failures; i++) {
+            struct row r = row_measure(&s, page_counts[i]);
+            printf("%4d %5u %9.0f %9.0f %9.1f %9.1f\n", ctas, r.n_pages, r.median_us, r.worst_us,
+                   r.one_gb_s, r.both_gb_s);
+            rows[n_rows++] = r;
         }
+        setting_close(&s);
+    }
 }
 
 static void deaths_measure(void)
@@ -374,11 +360,10 @@ static void json_print(int n_gpus)
     printf("{\"gpus\": %d, \"mode\": \"%s\", \"page_bytes\": %d, \"transfers\": [", n_gpus,
            loopback ? "one rank to itself" : "two ranks", 48 * 64 * 576 * 2);
     for (int i = 0; i < n_rows; i++)
-        printf("%s{\"ctas\": %d, \"registered\": %s, \"pages\": %u, \"median_us\": %.0f, "
-               "\"worst_us\": %.0f, \"gb_s\": %.1f, \"both_gb_s\": %.1f}",
-               i ? ", " : "", rows[i].max_ctas, rows[i].registered ? "true" : "false",
-               rows[i].n_pages, rows[i].median_us, rows[i].worst_us, rows[i].one_gb_s,
-               rows[i].both_gb_s);
+        printf("%s{\"ctas\": %d, \"pages\": %u, \"median_us\": %.0f, \"worst_us\": %.0f, "
+               "\"gb_s\": %.1f, \"both_gb_s\": %.1f}",
+               i ? ", " : "", rows[i].max_ctas, rows[i].n_pages, rows[i].median_us,
+               rows[i].worst_us, rows[i].one_gb_s, rows[i].both_gb_s);
     printf("], \"killed\": [");
     for (int i = 0; i < n_deaths; i++)
         printf("%s{\"we\": \"%s\", \"told_ms\": %.1f, \"out_ms\": %.1f}", i ? ", " : "",

@@ -234,13 +234,6 @@ static void any_number_of_ctas_arrives_whole(void)
     options = kv_nccl_default();
 }
 
-static void a_registered_pool_arrives_whole(void)
-{
-    options.register_pool = true;
-    many(&flash, 10, 20);
-    options = kv_nccl_default();
-}
-
 static void a_receiver_may_post_late(void)
 {
     struct rig t;
@@ -390,6 +383,7 @@ struct order {
     char address[WIRE_MAX_ADDRESS]; // to a sender
     uint32_t n, n_pages;
     bool is_flash;
+    bool tells; // its parent before each post
     char failpoints[64];
 };
 
@@ -398,9 +392,9 @@ static uint32_t order_page(const struct order *o, uint64_t seq, uint32_t i, uint
     return (uint32_t)((seq * 5 + i * 3) % n_pages); // 3 is prime to both pools' sizes
 }
 
-/* Sends or receives everything in turn. go: told before each post. */
+/* Sends or receives everything in turn. */
 static void order_carry_out(struct kv_pair *pair, struct kv_pool *pool, struct record *r,
-                            const struct order *o, bool send, int go)
+                            const struct order *o, bool send, int tell)
 {
     uint32_t total = kv_pool_get_config(pool)->n_pages, pages[MAX_PAGES];
     for (uint64_t seq = 0; seq < o->n && !check_failures; seq++) {
@@ -409,8 +403,8 @@ static void order_carry_out(struct kv_pair *pair, struct kv_pool *pool, struct r
             if (send)
                 page_fill(pool, pages[i], seq, i);
         }
-        if (go >= 0)
-            bytes_write(go, "g", 1);
+        if (tell >= 0)
+            bytes_write(tell, "g", 1);
         CHECK_OK(kv_pair_post(pair, seq, pages, o->n_pages));
         enum err e = record_wait(r, seq + 1);
         CHECK_INT(e, ERR_OK);
@@ -441,7 +435,7 @@ static int child_main(const char *role)
         bytes_write(CONTROL_FD, t.address, sizeof(t.address));
     }
     order_carry_out(send ? t.sender : t.receiver, send ? t.from : t.to,
-                    send ? &t.sent : &t.received, &o, send, CONTROL_FD);
+                    send ? &t.sent : &t.received, &o, send, o.tells ? CONTROL_FD : -1);
     bytes_read(CONTROL_FD, &byte, 1); // the parent has seen everything
     rig_close(&t);
     return check_failures ? 1 : 0;
@@ -484,7 +478,7 @@ static void peer_dies(bool we_send, const char *failpoints, uint32_t delay_us, d
                       int *n_within)
 {
     enum { LAST = 3 };
-    struct order o = {.n = LAST + 1, .n_pages = 30, .is_flash = true};
+    struct order o = {.n = LAST + 1, .n_pages = 30, .is_flash = true, .tells = true};
     snprintf(o.failpoints, sizeof(o.failpoints), "%s", failpoints);
     struct child c = child_start(we_send ? "receiver" : "sender");
     struct rig t;
@@ -605,7 +599,6 @@ static void pairs_in_this_process(void)
     RUN(a_receiver_may_post_late);
     RUN(random_transfers_arrive_whole);
     RUN(any_number_of_ctas_arrives_whole);
-    RUN(a_registered_pool_arrives_whole);
     RUN(an_aborted_transfer_touches_nothing_more);
     RUN(pairs_are_destroyed_in_any_state);
 }

@@ -6,16 +6,10 @@
 
 #include "common/engine/device.h"
 
-/* Where memory comes from; true: it worked. */
-static bool plain_take(void **ret, size_t bytes) { return cudaMalloc(ret, bytes) == cudaSuccess; }
-static bool plain_give(void *memory) { return cudaFree(memory) == cudaSuccess; }
-static bool (*take_memory)(void **ret, size_t bytes) = plain_take;
-static bool (*give_memory)(void *memory) = plain_give;
-
 static enum err plain_alloc(struct device *d, uint64_t bytes, struct device_memory *ret)
 {
     *ret = (struct device_memory){.bytes = bytes, .fd = -1};
-    if (cudaSetDevice(d->ordinal) != cudaSuccess || !take_memory(&ret->base, bytes) ||
+    if (cudaSetDevice(d->ordinal) != cudaSuccess || cudaMalloc(&ret->base, bytes) != cudaSuccess ||
         cudaMemset(ret->base, 0, bytes) != cudaSuccess)
         return err_set(ERR_CUDA, "no %llu bytes on cuda:%d", (unsigned long long)bytes, d->ordinal);
     return ERR_OK;
@@ -24,7 +18,7 @@ static enum err plain_alloc(struct device *d, uint64_t bytes, struct device_memo
 static void plain_release(struct device *d, struct device_memory *m)
 {
     (void)d;
-    if (!give_memory(m->base))
+    if (cudaFree(m->base) != cudaSuccess)
         abort();
 }
 
