@@ -98,7 +98,7 @@ __device__ __forceinline__ void cluster_sync()
 template <class T> __device__ __forceinline__ T *peer(T *p, unsigned rank)
 {
     uint64_t at;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"((uint64_t)p), "r"(rank));
+    asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"((uint64_t)p), "r"(rank));
     return (T *)at;
 }
 
