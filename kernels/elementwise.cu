@@ -1,10 +1,10 @@
 /* elementwise.cu: the small operations between the matrix products.
  *
- * Each is one pass over its rows: 16-byte loads, fp32 arithmetic, one block per row (or per few heads).
- * At decode batches they are bound by launches and latency (a row is 4 KB), so what counts is how few
- * there are: the residual add rides on the norm, both inner norms, RoPE of the key and the page write
- * are one launch; and that each starts while its predecessor ends (launch.cuh), with its weights
- * already on their way.
+ * Each is one pass over its rows: 16-byte loads, fp32 arithmetic, one block per row (or per few
+ * heads). At decode batches they are bound by launches and latency (a row is 4 KB), so what counts
+ * is how few there are: the residual add rides on the norm, both inner norms, RoPE of the key and
+ * the page write are one launch; and that each starts while its predecessor ends (launch.cuh), with
+ * its weights already on their way.
  */
 #include "kernels/cuda.h"
 
@@ -16,7 +16,8 @@
 
 using namespace launch;
 
-namespace {
+namespace
+{
 
 struct alignas(16) Bf8 {
     __nv_bfloat162 v[4];
@@ -154,8 +155,8 @@ template <int QUADS> __global__ void __launch_bounds__(THREADS) add_norm_kernel(
     }
 }
 
-/* Eight values a thread, loaded once: the first q_warps warps have q_a, two the latent, the last one
- * the key. */
+/* Eight values a thread, loaded once: the first q_warps warps have q_a, two the latent, the last
+ * one the key. */
 __global__ void qkv_kernel(cu_qkv_args a, float log2_theta, int q_warps)
 {
     __shared__ float part[32];
@@ -169,8 +170,8 @@ __global__ void qkv_kernel(cu_qkv_args a, float log2_theta, int q_warps)
     if (has)
         unpack(((const Bf8 *)(is_q ? a.q_norm : a.kv_norm))[at], w);
     previous_done();
-    cu_bf16 *slot = a.pool +
-                    (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 + a.slot_row[t]) * 576;
+    cu_bf16 *slot =
+        a.pool + (((int64_t)a.slot_page[t] * a.n_layers + a.layer) * 64 + a.slot_row[t]) * 576;
     if (is_key) {
         float2 x = __bfloat1622float2(((const __nv_bfloat162 *)(from + 64))[lane]);
         rope_pair(x.x, x.y, a.position[t], step);
@@ -267,7 +268,8 @@ __global__ void gather_kv_kernel(cu_gather_kv_args a)
         s++;
     int slot = row - a.kv_start[s];
     int page = a.block_table[(int64_t)s * a.max_pages + slot / 64];
-    const Bf8 *src = (const Bf8 *)(a.pool + (((int64_t)page * a.n_layers + a.layer) * 64 + slot % 64) * 576);
+    const Bf8 *src =
+        (const Bf8 *)(a.pool + (((int64_t)page * a.n_layers + a.layer) * 64 + slot % 64) * 576);
     for (int i = threadIdx.x; i < 64; i += blockDim.x)
         ((Bf8 *)a.latent)[(int64_t)row * 64 + i] = src[i];
     for (int i = threadIdx.x; i < a.heads * 8; i += blockDim.x)
@@ -306,8 +308,8 @@ cudaError_t cu_embed(const cu_bf16 *table, const int32_t *token, float *residual
         return cudaErrorInvalidValue;
     if (T <= 0)
         return cudaSuccess;
-    return start(embed_kernel, dim3(T), dim3(THREADS), 0, 1, stream, (const Bf8 *)table, token, residual,
-                 H / 8);
+    return start(embed_kernel, dim3(T), dim3(THREADS), 0, 1, stream, (const Bf8 *)table, token,
+                 residual, H / 8);
 }
 
 cudaError_t cu_add_norm(const struct cu_add_norm_args *a, cudaStream_t stream)
@@ -327,8 +329,8 @@ cudaError_t cu_qkv_norm_write(const struct cu_qkv_args *a, cudaStream_t stream)
         return cudaErrorInvalidValue;
     if (a->T <= 0)
         return cudaSuccess;
-    return start(qkv_kernel, dim3(a->T), dim3((q_warps + 3) * 32), 0, 1, stream, *a, log2f(a->theta),
-                 q_warps);
+    return start(qkv_kernel, dim3(a->T), dim3((q_warps + 3) * 32), 0, 1, stream, *a,
+                 log2f(a->theta), q_warps);
 }
 
 cudaError_t cu_rope_q(const struct cu_rope_q_args *a, cudaStream_t stream)
@@ -346,8 +348,8 @@ cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaSt
     int64_t total = (int64_t)T * n / 8;
     if (total <= 0)
         return cudaSuccess;
-    return start(swiglu_kernel, dim3((unsigned)((total + THREADS - 1) / THREADS)), dim3(THREADS), 0, 1,
-                 stream, (const Bf8 *)gate_up, (Bf8 *)out, total, n / 8);
+    return start(swiglu_kernel, dim3((unsigned)((total + THREADS - 1) / THREADS)), dim3(THREADS), 0,
+                 1, stream, (const Bf8 *)gate_up, (Bf8 *)out, total, n / 8);
 }
 
 cudaError_t cu_mtp_input(const struct cu_mtp_input_args *a, cudaStream_t stream)
@@ -364,8 +366,8 @@ cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, i
         return cudaErrorInvalidValue;
     if (n <= 0)
         return cudaSuccess;
-    return start(gather_kernel, dim3(n), dim3(THREADS), 0, 1, stream, (const Bf8 *)x, row, (Bf8 *)out,
-                 H / 8);
+    return start(gather_kernel, dim3(n), dim3(THREADS), 0, 1, stream, (const Bf8 *)x, row,
+                 (Bf8 *)out, H / 8);
 }
 
 cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream)

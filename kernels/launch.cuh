@@ -1,15 +1,16 @@
 /* launch.cuh: launches of small kernels, and what blocks of a cluster say to each other.
  *
- * Programmatic dependent launch: a kernel launched through here may start while the kernel before it
- * in the stream still runs, so that its launch, its prologue and its reads of weights hide behind
- * that one's tail. Two rules keep the stream's order:
+ * Programmatic dependent launch: a kernel launched through here may start while the kernel before
+ * it in the stream still runs, so that its launch, its prologue and its reads of weights hide
+ * behind that one's tail. Two rules keep the stream's order:
  *   - every such kernel calls previous_done() in every thread, before it touches anything that
  *     another kernel writes or reads (weights and other constants may be read earlier). So when it
  *     ends, everything before it has ended too.
  *   - next_may_start() only lets the next kernel's blocks be scheduled; their previous_done() still
  *     waits for the end of this whole kernel.
- * What another kernel writes is never read with __ldg: such a load may move up past previous_done().
- * Kernels launched the plain way see no difference. -DBATON_PDL=0 makes all launches plain ones.
+ * What another kernel writes is never read with __ldg: such a load may move up past
+ * previous_done(). Kernels launched the plain way see no difference. -DBATON_PDL=0 makes all
+ * launches plain ones.
  */
 #ifndef BATON_LAUNCH_CUH
 #define BATON_LAUNCH_CUH
@@ -21,7 +22,8 @@
 #define BATON_PDL 1
 #endif
 
-namespace launch {
+namespace launch
+{
 
 __device__ __forceinline__ void previous_done()
 {
@@ -105,16 +107,13 @@ template <class T> __device__ __forceinline__ T *peer(T *p, unsigned rank)
 /* 16 bytes from global to shared memory, on their own; copies_done waits for this thread's. */
 __device__ __forceinline__ void copy_16(void *to, const void *from)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(from)
+        : "memory");
 }
 
-__device__ __forceinline__ void copies_done()
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 } // namespace launch
 

@@ -1,9 +1,9 @@
 /* moe_route.cu: which experts a token goes to, pairs sorted by expert, and results back together.
  *
- * Router logits are m16n8k16 products (bf16 operands are exact there, sums fp32) of 16 tokens, K cut
- * over eight warps and added in warp order; one warp per token picks. Sorting is by counting, with
- * no atomics on positions: an expert's tokens stay in order and the result depends on nothing but
- * the input.
+ * Router logits are m16n8k16 products (bf16 operands are exact there, sums fp32) of 16 tokens, K
+ * cut over eight warps and added in warp order; one warp per token picks. Sorting is by counting,
+ * with no atomics on positions: an expert's tokens stay in order and the result depends on nothing
+ * but the input.
  *
  * Up to 512 tokens it is one launch (route_small): what takes time there is not bytes (262 KB of
  * router) but one latency after another. A cluster of up to eight blocks shares 16 tokens, eight or
@@ -49,7 +49,9 @@ static __host__ __device__ struct choices choices_at(int32_t *work, int T, int k
 
 size_t cu_route_work_bytes(int max_T, int E, int k)
 {
-    return (WORK_HEAD + 2 * (size_t)max_T * k + (size_t)(max_T + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS * E) * 4;
+    return (WORK_HEAD + 2 * (size_t)max_T * k +
+            (size_t)(max_T + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS * E) *
+           4;
 }
 
 /* ---- choose ---- */
@@ -64,9 +66,9 @@ static __device__ __forceinline__ void product_16x8(float (&d)[4], uint32_t a0, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* This warp's share of the logits of 16 tokens. A thread reads 16 bytes of a row, eight neighbouring
- * columns, where the product wants pairs eight apart: the same columns of x and router meet, and
- * which comes first does not matter to the sum's definition. */
+/* This warp's share of the logits of 16 tokens. A thread reads 16 bytes of a row, eight
+ * neighbouring columns, where the product wants pairs eight apart: the same columns of x and router
+ * meet, and which comes first does not matter to the sum's definition. */
 template <int N_TILES>
 static __device__ __forceinline__ void logits_part(const struct cu_route_args *a, int first,
                                                    float (&d)[N_TILES][4])
@@ -100,8 +102,8 @@ static __device__ __forceinline__ uint32_t ordered(float v)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* One warp picks a token's experts from its E logits. Lane i < k gets the i-th lowest chosen one, its
- * weight and (true) that it has one. */
+/* One warp picks a token's experts from its E logits. Lane i < k gets the i-th lowest chosen one,
+ * its weight and (true) that it has one. */
 static __device__ __forceinline__ bool pick(const float *logits, const struct cu_route_args *a,
                                             int *ret_expert, float *ret_weight, int *ret_at)
 {
@@ -278,8 +280,9 @@ struct small {
     int last;
 };
 
-/* This warp's share of 16 tokens' logits for PER * 8 experts from the block's first on, router first:
- * that does not depend on the predecessor. The same products in the same order as logits_part. */
+/* This warp's share of 16 tokens' logits for PER * 8 experts from the block's first on, router
+ * first: that does not depend on the predecessor. The same products in the same order as
+ * logits_part. */
 template <int PER>
 static __device__ __forceinline__ void logits_small(const struct cu_route_args *a, int first,
                                                     int first_expert, float (&d)[PER][4])
@@ -296,8 +299,8 @@ static __device__ __forceinline__ void logits_small(const struct cu_route_args *
         for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
             for (int n = 0; n < PER; n++)
-                b[i][n] = __ldg((const uint4 *)(w + n * 8 * (int64_t)a->H +
-                                                min(begin + i * STEP, a->H - 32)));
+                b[i][n] = __ldg(
+                    (const uint4 *)(w + n * 8 * (int64_t)a->H + min(begin + i * STEP, a->H - 32)));
         if (begin == warp * 32)
             previous_done();
 #pragma unroll
@@ -395,7 +398,8 @@ static __global__ void __launch_bounds__(CHOOSE_WARPS * 32)
     cluster_arrive();
     next_may_start();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int n_clusters = gridDim.x / cluster_size(), first = blockIdx.x / cluster_size() * CHOOSE_TOKENS;
+    int n_clusters = gridDim.x / cluster_size(),
+        first = blockIdx.x / cluster_size() * CHOOSE_TOKENS;
     int first_expert = (int)cluster_rank() * PER * 8, n_tokens = min(a.T - first, CHOOSE_TOKENS);
     struct choices c = choices_at(a.work, a.T, a.k);
     float d[PER][4] = {};
@@ -458,12 +462,12 @@ static __global__ void __launch_bounds__(CHOOSE_WARPS * 32)
 
 /* ---- launches ---- */
 
-template <int N_TILES>
-static cudaError_t route(const struct cu_route_args *a, cudaStream_t stream)
+template <int N_TILES> static cudaError_t route(const struct cu_route_args *a, cudaStream_t stream)
 {
     int n_choose = (a->T + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS, threads = CHOOSE_WARPS * 32;
     if (a->T <= SMALL_TOKENS / 4)
-        return start(route_small<1>, dim3(n_choose * N_TILES), dim3(threads), 0, N_TILES, stream, *a);
+        return start(route_small<1>, dim3(n_choose * N_TILES), dim3(threads), 0, N_TILES, stream,
+                     *a);
     if (a->T <= SMALL_TOKENS) {
         constexpr int PER = N_TILES > 1 ? 2 : 1;
         return start(route_small<PER>, dim3(n_choose * (N_TILES / PER)), dim3(threads), 0,
@@ -472,8 +476,8 @@ static cudaError_t route(const struct cu_route_args *a, cudaStream_t stream)
     cudaError_t err = start(route_choose<N_TILES>, dim3(n_choose), dim3(threads), 0, 1, stream, *a);
     if (err)
         return err;
-    return start(route_place, dim3((a->T + PLACE_TOKENS - 1) / PLACE_TOKENS), dim3(256), 0, 1, stream,
-                 *a);
+    return start(route_place, dim3((a->T + PLACE_TOKENS - 1) / PLACE_TOKENS), dim3(256), 0, 1,
+                 stream, *a);
 }
 
 cudaError_t cu_route(const struct cu_route_args *a, cudaStream_t stream)
@@ -578,5 +582,6 @@ cudaError_t cu_moe_reduce(const struct cu_moe_reduce_args *a, cudaStream_t strea
     if (a->T <= 0 || a->k <= 0 || a->H <= 0 || a->H % 8 || a->H > 8192)
         return cudaErrorInvalidValue;
     int threads = (a->H / 8 + 31) / 32 * 32;
-    return start(a->k == 4 ? moe_reduce<4> : moe_reduce<0>, dim3(a->T), dim3(threads), 0, 1, stream, *a);
+    return start(a->k == 4 ? moe_reduce<4> : moe_reduce<0>, dim3(a->T), dim3(threads), 0, 1, stream,
+                 *a);
 }

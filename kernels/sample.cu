@@ -1,17 +1,17 @@
 /* sample.cu: the draw of sample_ref.c on the device, and the plain argmax.
  *
- * A row of 154,880 fp32 logits is 620 KB: memory-bound, 0.19 us a row at 3.3 TB/s if it is read once.
- * So a cluster of eight blocks takes a row, each keeps its slice (77 KB) in shared memory, and every
- * later pass (maximum, filters, noise) runs there; two blocks share an SM and cover each other's
- * loads. Blocks of a cluster exchange a few values through each other's shared memory.
+ * A row of 154,880 fp32 logits is 620 KB: memory-bound, 0.19 us a row at 3.3 TB/s if it is read
+ * once. So a cluster of eight blocks takes a row, each keeps its slice (77 KB) in shared memory,
+ * and every later pass (maximum, filters, noise) runs there; two blocks share an SM and cover each
+ * other's loads. Blocks of a cluster exchange a few values through each other's shared memory.
  *
  * After the maximum is known, a logit is replaced by its key: the bits of its distance to the
- * maximum over the temperature. Distances are >= 0, so keys order like integers, best first, and the
- * kept set of any filter is "up to (key, id)". That limit is found without sorting: a histogram over
- * linear buckets of the distance, then over ever finer key ranges inside the border bucket, at last
- * over ids where keys tie; usually two rounds decide. A bucket's measure is a count for top-k, and
- * for top-p a mass in 44-bit integers: added in three parts of 15 bits with 32-bit atomics, so the
- * sum is exact in any order and equals the reference's.
+ * maximum over the temperature. Distances are >= 0, so keys order like integers, best first, and
+ * the kept set of any filter is "up to (key, id)". That limit is found without sorting: a histogram
+ * over linear buckets of the distance, then over ever finer key ranges inside the border bucket, at
+ * last over ids where keys tie; usually two rounds decide. A bucket's measure is a count for top-k,
+ * and for top-p a mass in 44-bit integers: added in three parts of 15 bits with 32-bit atomics, so
+ * the sum is exact in any order and equals the reference's.
  *
  * Gumbel-max reads keys four at a time (one Philox call) and skips what cannot win any more.
  */
@@ -24,7 +24,8 @@
 
 using namespace launch;
 
-namespace {
+namespace
+{
 
 constexpr int CLUSTER = 8, THREADS = 512, WARPS = THREADS / 32;
 constexpr int N_BINS = SAMPLE_N_BUCKETS, SHARE = N_BINS / CLUSTER;
@@ -40,7 +41,7 @@ struct best {
 
 struct shared {
     uint32_t hist[3 * N_BINS]; // this block's slice, part after part
-    uint64_t total[N_BINS];   // the cluster's
+    uint64_t total[N_BINS];    // the cluster's
     uint64_t warp_sum[WARPS], sum[2][CLUSTER];
     struct best warp_best[WARPS], best[2][CLUSTER], top[CLUSTER * CU_SAMPLE_MAX_TOP];
     struct {
@@ -163,12 +164,12 @@ __device__ __forceinline__ void penalise(const struct slice *c, const struct sam
 {
     int at = id - c->first;
     if (at >= 0 && at < c->n)
-        c->logits()[at] = sample_penalise(c->logits()[at], count, r->repetition, r->frequency,
-                                          r->presence);
+        c->logits()[at] =
+            sample_penalise(c->logits()[at], count, r->repetition, r->frequency, r->presence);
 }
 
-/* Bias, penalties, mask, bans; what may not be drawn becomes NaN. An id that comes twice in the bias list belongs to its first entry's
- * thread, which adds in the list's order. */
+/* Bias, penalties, mask, bans; what may not be drawn becomes NaN. An id that comes twice in the
+ * bias list belongs to its first entry's thread, which adds in the list's order. */
 __device__ void adjust(const struct slice *c, const struct sample_row *r)
 {
     float *z = c->logits();
@@ -360,8 +361,8 @@ __device__ __forceinline__ struct limit tighter(struct limit a, struct limit b)
     return keeps(a, b.key, b.id) ? b : a;
 }
 
-/* The shortest prefix, in the order (key, id), of what `limit` keeps that measures up to the target:
- * top_k ids, or the share top_p of the mass. */
+/* The shortest prefix, in the order (key, id), of what `limit` keeps that measures up to the
+ * target: top_k ids, or the share top_p of the mass. */
 template <bool MASS>
 __device__ struct limit select(const struct slice *c, struct limit limit, int top_k, float top_p)
 {
@@ -584,7 +585,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 /* ---- argmax ---- */
 
-/* What a thread looks at in one go: GO units (a value, or four) of its block's slice, THREADS apart. */
+/* What a thread looks at in one go: GO units (a value, or four) of its block's slice, THREADS
+ * apart. */
 constexpr int GO = 4;
 
 template <int N> struct unit {
@@ -592,18 +594,15 @@ template <int N> struct unit {
 };
 
 template <int N> __device__ __forceinline__ struct unit<N> unit_at(const float *x, int i);
-template <> __device__ __forceinline__ struct unit<1> unit_at<1>(const float *x, int i)
-{
+template <> __device__ __forceinline__ struct unit<1> unit_at<1>(const float *x, int i) {
     return {{x[i]}};
-}
-template <> __device__ __forceinline__ struct unit<4> unit_at<4>(const float *x, int i)
-{
+} template <> __device__ __forceinline__ struct unit<4> unit_at<4>(const float *x, int i) {
     float4 v = ((const float4 *)x)[i];
     return {{v.x, v.y, v.z, v.w}};
 }
 
-/* Only the largest value of a go is looked for; where it was is found at the end, in the one go that
- * held a thread's best. */
+/* Only the largest value of a go is looked for; where it was is found at the end, in the one go
+ * that held a thread's best. */
 template <int N>
 __global__ void __launch_bounds__(THREADS)
     argmax_kernel(const float *logits, const int32_t *logit_row, const int32_t *n_rows_dev,
@@ -692,7 +691,8 @@ cudaError_t argmax(const float *logits, const int32_t *logit_row, const int32_t 
 
 } // namespace
 
-cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid, cudaStream_t stream)
+cudaError_t cu_argmax(const float *logits, int32_t *id, int n, int V, int n_valid,
+                      cudaStream_t stream)
 {
     if (n_valid <= 0 || n_valid > V)
         return cudaErrorInvalidValue;
@@ -708,7 +708,7 @@ cudaError_t cu_sample(const struct cu_sample_args *a, cudaStream_t stream)
         return cudaSuccess;
     if (a->greedy)
         return argmax(a->logits, a->logit_row, a->n_rows_dev, a->id, a->T, a->V, a->n_valid,
-                            stream);
+                      stream);
     int width = round_up((a->n_valid + CLUSTER - 1) / CLUSTER, 32);
     int smem = (int)offsetof(struct shared, slice) + width * 4;
     cudaError_t err =
