@@ -118,6 +118,8 @@ enum err engine_read_logits(struct engine *e, bool draft, int row, float *ret)
     return e->ops->read_logits(e, draft, row, ret);
 }
 
+uint32_t engine_device_us(const struct engine *e) { return e->device_us; }
+
 static enum err batch_check(const struct engine *e, const struct batch *b)
 {
     const struct engine_config *c = &e->config;

@@ -90,6 +90,10 @@ MUST_CHECK enum err engine_import_hidden(struct engine *e, int slot, const float
 /* For tests: logits of the last forward or draft ([n_logits, vocab], host copy). */
 MUST_CHECK enum err engine_read_logits(struct engine *e, bool draft, int row, float *ret);
 
+/* Microseconds that the device worked on the last forward or draft; the rest of the call's time was
+ * the host's. 0 on the CPU, whose call is all work. */
+uint32_t engine_device_us(const struct engine *e);
+
 const struct model_config *engine_model(const struct engine *e);
 
 #endif

@@ -87,6 +87,7 @@ struct engine_cuda {
     char *draw_host, *draw_dev;   // pinned, device: see draw_pack
     float *logprob, *top_logprob; // [max_logits], [max_logits, CU_SAMPLE_MAX_TOP]
     int32_t *top_id;              // [max_logits, CU_SAMPLE_MAX_TOP]
+    cudaEvent_t begun, ended;     // of a pass's launches
     struct graph graphs[MAX_GRAPHS];
     uint64_t n_passes;
 };
@@ -232,6 +233,10 @@ static void cuda_destroy(struct engine *e)
             cudaGraphExecDestroy(c->graphs[i].exec);
     if (c->blas)
         cublasDestroy(c->blas);
+    if (c->begun)
+        cudaEventDestroy(c->begun);
+    if (c->ended)
+        cudaEventDestroy(c->ended);
     cudaFree(c->memory);
     cudaFree(c->dev);
     cudaFreeHost(c->host);
@@ -265,6 +270,8 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
     CUDA(cudaMallocHost((void **)&c->draw_host, DRAW_BYTES));
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    CUDA(cudaEventCreate(&c->begun));
+    CUDA(cudaEventCreate(&c->ended));
     BLAS(cublasCreate(&c->blas));
     BLAS(cublasSetStream(c->blas, c->stream));
     BLAS(cublasSetWorkspace(c->blas, c->blas_work, WORKSPACE));
@@ -761,7 +768,23 @@ static enum err graph_capture(struct engine_cuda *c, const struct batch *b, stru
     return err;
 }
 
-/* Runs a pass: the launches themselves, or the graph of a shape that was seen before. */
+/* The launches of a pass, or the graph of a shape that was seen before. */
+static enum err work(struct engine_cuda *c, const struct batch *b, const struct shape *s)
+{
+    if (s->form == FORM_EXPANDED || s->n_rows > c->base.config.max_graph_rows)
+        return launch(c, b, s);
+    bool known;
+    struct graph *g = graph_find(c, s, &known);
+    g->used = ++c->n_passes;
+    if (!known)
+        return launch(c, b, s);
+    if (!g->exec)
+        TRY(graph_capture(c, b, g));
+    CUDA(cudaGraphLaunch(g->exec, c->stream));
+    return ERR_OK;
+}
+
+/* Starts a pass. */
 static enum err run(struct engine_cuda *c, const struct batch *b, const struct hidden_ref *hidden,
                     bool draft, bool want_ids)
 {
@@ -772,16 +795,19 @@ static enum err run(struct engine_cuda *c, const struct batch *b, const struct h
     s.draft = draft;
     s.want_ids = want_ids;
     TRY(batch_upload(c, b, hidden, &s));
-    if (s.form == FORM_EXPANDED || s.n_rows > c->base.config.max_graph_rows)
-        return launch(c, b, &s);
-    bool known;
-    struct graph *g = graph_find(c, &s, &known);
-    g->used = ++c->n_passes;
-    if (!known)
-        return launch(c, b, &s);
-    if (!g->exec)
-        TRY(graph_capture(c, b, g));
-    CUDA(cudaGraphLaunch(g->exec, c->stream));
+    CUDA(cudaEventRecord(c->begun, c->stream));
+    TRY(work(c, b, &s));
+    CUDA(cudaEventRecord(c->ended, c->stream));
+    return ERR_OK;
+}
+
+/* Waits for a pass and takes its time. */
+static enum err settle(struct engine_cuda *c)
+{
+    float ms = 0;
+    CUDA(cudaStreamSynchronize(c->stream));
+    CUDA(cudaEventElapsedTime(&ms, c->begun, c->ended));
+    c->base.device_us = (uint32_t)(ms * 1000);
     return ERR_OK;
 }
 
@@ -789,8 +815,7 @@ static enum err cuda_forward(struct engine *e, const struct batch *b)
 {
     struct engine_cuda *c = of(e);
     TRY(run(c, b, NULL, false, false));
-    CUDA(cudaStreamSynchronize(c->stream));
-    return ERR_OK;
+    return settle(c);
 }
 
 static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
@@ -801,8 +826,7 @@ static enum err cuda_draft(struct engine *e, const struct batch *b, const struct
     if (ret_ids)
         CUDA(cudaMemcpyAsync(ret_ids, c->ids, sizeof(int32_t) * (size_t)b->n_logits,
                              cudaMemcpyDeviceToHost, c->stream));
-    CUDA(cudaStreamSynchronize(c->stream));
-    return ERR_OK;
+    return settle(c);
 }
 
 /* ---- draws ----------------------------------------------------------------------------------- */

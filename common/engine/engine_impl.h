@@ -30,6 +30,7 @@ struct engine {
     int kv_layers, n_pages;
     int n_rows, n_draft_rows;     /* of the last forward and draft */
     int n_logits, n_draft_logits; /* likewise */
+    uint32_t device_us;           /* of the last forward or draft */
 };
 
 /* Copies base, sets ops and takes its memory, as a device's engine does (device.h). */

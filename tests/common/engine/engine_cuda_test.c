@@ -16,9 +16,9 @@
 #define MAX_PAGES 16
 #define N_PAGES   (MAX_SEQS * MAX_PAGES)
 #define MARGIN    0.3 /* smaller gaps between the two best logits are bf16 noise */
-#define TOLERANCE                                                                                  \
-    0.25 /* of a logit, against fp32: 0.1 nearly everywhere, 0.2 in one case (json)                \
-          */
+/* Of a logit, against fp32. Transformers in bf16 is up to 0.79 away (case long; 0.18 in baton, 0.16
+ * in json, less elsewhere); this engine 0.17 (json). */
+#define TOLERANCE 0.2
 
 static struct weights *weights;
 static struct kv_pool *pool;
