@@ -170,31 +170,17 @@ __device__ void produce(ring r, const product &p, const CUtensorMap *w, int firs
 
 /* ---- consumers ---- */
 
-/* Reads x stage after stage, as the ring goes. */
-struct x_cursor {
-    const cu_bf16 *x; // this thread's row and columns, of the tile's head
-    int step, in_head, left;
-};
-
+/* This thread's columns of x for a stage, rows n * 8 + row. */
 template <int N>
-__device__ __forceinline__ void x_load(x_cursor *c, const product &p, int row, int col,
+__device__ __forceinline__ void x_load(const product &p, const cu_bf16 *x, int row, int col, int step,
                                        uint4 (&ret)[N])
 {
-    int at = c->step * STAGE_COLS;
-    bool has = c->left > 0 && at + col < p.n_in;
+    int at = step * STAGE_COLS + col;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         ret[n] = make_uint4(0, 0, 0, 0);
-        if (has && n * 8 + row < p.T)
-            ret[n] = *(const uint4 *)(c->x + (int64_t)n * 8 * p.x_row + at);
-    }
-    c->left--;
-    if (++c->step == p.n_steps) {
-        c->step = 0;
-        if (++c->in_head == p.tiles_per_head) {
-            c->in_head = 0;
-            c->x += p.x_head;
-        }
+        if (at < p.n_in && n * 8 + row < p.T)
+            ret[n] = *(const uint4 *)(x + (int64_t)(n * 8 + row) * p.x_row + at);
     }
 }
 
@@ -265,56 +251,58 @@ __device__ void consume(ring r, const product &p, float eps, const uint4 *norm_w
     constexpr int DEPTH = 8 / N; // stages whose x is on its way
     static_assert(N * 8 * TILE_ROWS <= WARPS * 32, "a thread an output");
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
-    int col = warp * 32 + (lane & 3) * 8, n_stages = (last - first) * p.n_steps;
-    x_cursor c = {p.x + (int64_t)row * p.x_row + (int64_t)(first / p.tiles_per_head) * p.x_head + col,
-                  0, first % p.tiles_per_head, n_stages};
+    int col = warp * 32 + (lane & 3) * 8, left = (last - first) * p.n_steps;
+    const cu_bf16 *x = p.x + (int64_t)(first / p.tiles_per_head) * p.x_head;
     uint4 b[DEPTH][N];
     float scale[N];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
-        x_load<N>(&c, p, row, col, b[i]);
+        x_load<N>(p, x, row, col, i, b[i]);
     if (NORM)
         row_scales<N, DEPTH>(p, eps, b, part, scale);
-    bool is_kept = p.n_steps == DEPTH && p.x_head == 0; // every tile has the same x
-    float acc[N][4] = {};
-    for (int s = 0, step = 0, tile = first; s < n_stages; s += DEPTH) {
+    bool is_kept = p.n_steps <= DEPTH && p.x_head == 0; // every tile has the same x
+    for (int tile = first; tile < last; tile++) {
+        const cu_bf16 *next_x = p.x + (int64_t)((tile + 1) / p.tiles_per_head) * p.x_head;
+        float acc[N][4] = {};
+        for (int group = 0; group < p.n_steps; group += DEPTH) {
 #pragma unroll
-        for (int i = 0; i < DEPTH; i++) {
-            if (s + i >= n_stages)
-                break;
-            mbar_wait(r.full + r.stage * 8, r.parity);
-            // rows beyond the tile's are other bytes: they feed outputs that nobody stores
-            uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
-            uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES), g;
-            if (NORM)
-                g = norm_w[(step * STAGE_COLS + col) / 8];
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                uint4 v = b[i][n];
+            for (int i = 0; i < DEPTH; i++) {
+                int step = group + i;
+                if (step >= p.n_steps)
+                    break;
+                mbar_wait(r.full + r.stage * 8, r.parity);
+                // rows beyond the tile's are other bytes: they feed outputs that nobody stores
+                uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
+                uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES), g;
                 if (NORM)
-                    v = make_uint4(normed(v.x, scale[n], g.x), normed(v.y, scale[n], g.y),
-                                   normed(v.z, scale[n], g.z), normed(v.w, scale[n], g.w));
-                product_16x8(acc[n], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
-                product_16x8(acc[n], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
-            }
-            // a load may still queue behind those of x when the arrival is seen: the copy that
-            // overwrites the stage must not overtake it
-            fence_async();
-            __syncwarp();
-            if (lane == 0)
-                mbar_arrive(r.empty + r.stage * 8);
-            if (!is_kept)
-                x_load<N>(&c, p, row, col, b[i]);
-            ring_step(&r);
-            if (++step == p.n_steps) {
-                tile_store<N, OUT>(p, red_base, tile, acc);
+                    g = norm_w[(step * STAGE_COLS + col) / 8];
 #pragma unroll
-                for (int n = 0; n < N; n++)
-                    acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
-                step = 0;
-                tile++;
+                for (int n = 0; n < N; n++) {
+                    uint4 v = b[i][n];
+                    if (NORM)
+                        v = make_uint4(normed(v.x, scale[n], g.x), normed(v.y, scale[n], g.y),
+                                       normed(v.z, scale[n], g.z), normed(v.w, scale[n], g.w));
+                    product_16x8(acc[n], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+                    product_16x8(acc[n], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
+                }
+                if (left > r.n_stages) { // the stage gets another
+                    // the reads may still queue behind those of x when the arrival is seen: the copy
+                    // into the stage must not overtake them
+                    fence_async();
+                    __syncwarp();
+                    if (lane == 0)
+                        mbar_arrive(r.empty + r.stage * 8);
+                }
+                left--;
+                if (step + DEPTH < p.n_steps)
+                    x_load<N>(p, x, row, col, step + DEPTH, b[i]);
+                else if (!is_kept && tile + 1 < last)
+                    x_load<N>(p, next_x, row, col, i, b[i]);
+                ring_step(&r);
             }
         }
+        x = next_x;
+        tile_store<N, OUT>(p, red_base, tile, acc);
     }
 }
 

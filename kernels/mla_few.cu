@@ -23,7 +23,8 @@ using namespace hopper;
 #define N_BLOCKS     (WIDTH / 64)
 #define CLUSTER      8
 #define MAX_HEADS    24
-#define MAX_S        16
+#define MAX_S        8  /* more clusters than that do not run at once */
+#define NEW_SLOTS    16 /* at the end of a context that rows of this step may be writing */
 #define MAX_CTX      (CLUSTER * PAGE * 2)
 #define THREADS      256
 #define GROUPS       (WIDTH / 32 / 2) /* of 32 columns that a warp multiplies */
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     int n = p.n_ctx[s], n_pages = (n + PAGE - 1) / PAGE;
     const int32_t *table = p.block_table + (int64_t)s * p.max_pages;
     launch::next_may_start();
-    bool is_old = (rank + 1) * PAGE + MAX_S <= n; // else rows of this step may still be written to it
+    bool is_old = (rank + 1) * PAGE + NEW_SLOTS <= n;
     if (threadIdx.x == 0) {
         tma_prefetch_map(&map);
         mbar_init(smem_addr(&sm->full), 1);

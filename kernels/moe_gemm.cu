@@ -51,7 +51,9 @@ enum x_source {
 #define GATHER_FROM 64
 
 /* Up to here routing leaves memory idle for long enough to bring in the shared expert. */
+#ifndef AHEAD_UP_TO
 #define AHEAD_UP_TO 16
+#endif
 
 struct experts {
     const int32_t *expert_start;
