@@ -169,6 +169,44 @@ double metric_value(const struct metric *s)
     return s->family->type == METRIC_HISTOGRAM ? (double)s->count : s->value;
 }
 
+/* ---- windows -------------------------------------------------------------------------------- */
+
+void metric_window_move(struct metric_window *w, const struct metric *s)
+{
+    if (!s)
+        return;
+    w->n = s->count - w->seen_n;
+    w->sum = s->value - w->seen_sum;
+    w->seen_n = s->count;
+    w->seen_sum = s->value;
+    size_t n = s->family->n_bounds;
+    if (n > METRIC_WINDOW_BOUNDS)
+        return;
+    uint64_t above = w->n;
+    for (size_t i = 0; i < n; i++) {
+        w->in[i] = s->buckets[i] - w->seen[i];
+        w->seen[i] = s->buckets[i];
+        above -= w->in[i];
+    }
+    w->in[n] = above;
+}
+
+double metric_window_quantile(const struct metric_window *w, const struct metric *s, double q)
+{
+    if (!s || !w->n || !s->family->n_bounds || s->family->n_bounds > METRIC_WINDOW_BOUNDS)
+        return NAN;
+    const double *bounds = s->family->bounds;
+    size_t n = s->family->n_bounds;
+    double rank = q * (double)w->n, below = 0;
+    for (size_t i = 0; i < n; i++) {
+        double in = (double)w->in[i], from = i ? bounds[i - 1] : 0;
+        if (in > 0 && below + in >= rank)
+            return from + (bounds[i] - from) * (rank - below) / in;
+        below += in;
+    }
+    return bounds[n - 1]; // above the last bound: no more is known
+}
+
 /* ---- exposition ------------------------------------------------------------------------------ */
 
 static void write_number(struct json_out *out, double v)

@@ -33,6 +33,22 @@ void metric_set(struct metric *s, double v);     /* gauges, and counters that mi
 void metric_observe(struct metric *s, double v); /* histograms */
 double metric_value(const struct metric *s);     /* counters, gauges; a histogram's count */
 
+/* What a histogram was shown between two calls of metric_window_move (zero-initialise; the first
+ * call shows everything so far). Histograms with more bounds than METRIC_WINDOW_BOUNDS show the
+ * mean only. */
+#define METRIC_WINDOW_BOUNDS 31
+struct metric_window {
+    uint64_t n; // observations
+    double sum;
+    uint64_t in[METRIC_WINDOW_BOUNDS + 1]; // by bucket, those above the last bound at its end
+    uint64_t seen[METRIC_WINDOW_BOUNDS + 1], seen_n;
+    double seen_sum;
+};
+void metric_window_move(struct metric_window *w, const struct metric *s);
+/* The q-quantile (0..1), interpolated within its bucket as PromQL does; NaN without observations.
+ */
+double metric_window_quantile(const struct metric_window *w, const struct metric *s, double q);
+
 /* Appends the exposition text: # HELP and # TYPE once per name, series of a name together. */
 void metrics_write(const struct metrics *m, struct json_out *out);
 

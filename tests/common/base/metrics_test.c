@@ -105,12 +105,42 @@ static void nothing_is_survived(void)
     metrics_destroy(NULL);
 }
 
+static void windows_show_what_is_new(void)
+{
+    struct metrics *m = metrics_create();
+    struct metric *h = metrics_get(m, METRIC_HISTOGRAM, "ttft", "TTFT.", "", bounds, 4);
+    struct metric_window w = {0};
+    metric_window_move(&w, h);
+    CHECK(w.n == 0 && isnan(metric_window_quantile(&w, h, 0.5)));
+    for (int i = 0; i < 90; i++)
+        metric_observe(h, 0.75);
+    for (int i = 0; i < 10; i++)
+        metric_observe(h, 5);
+    metric_window_move(&w, h);
+    CHECK(w.n == 100);
+    CHECK_NEAR(w.sum, 90 * 0.75 + 50, 1e-9);
+    CHECK_NEAR(metric_window_quantile(&w, h, 0.45), 0.75, 1e-9); // the middle of 0.5 .. 1
+    CHECK_NEAR(metric_window_quantile(&w, h, 0.9), 1, 1e-9);
+    CHECK_NEAR(metric_window_quantile(&w, h, 0.95), 5.5, 1e-9); // the middle of 1 .. 10
+    metric_observe(h, 64);
+    metric_window_move(&w, h);
+    CHECK(w.n == 1);
+    CHECK_NEAR(w.sum, 64, 1e-9);
+    CHECK_NEAR(metric_window_quantile(&w, h, 0.5), 10, 0); // above the last bound
+    metric_window_move(&w, h);
+    CHECK(w.n == 0);
+    metric_window_move(&w, NULL);
+    CHECK(isnan(metric_window_quantile(&w, NULL, 0.5)));
+    metrics_destroy(m);
+}
+
 int main(void)
 {
     RUN(families_and_series_are_written);
     RUN(histograms_are_cumulative);
     RUN(histograms_without_labels);
     RUN(series_are_found_again_and_removed);
+    RUN(windows_show_what_is_new);
     RUN(nothing_is_survived);
     return check_done();
 }
