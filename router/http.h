@@ -37,7 +37,8 @@ struct http_request {
     const char *content_type; /* or "" */
     const char *request_id;   /* X-Request-Id if it is 1..128 printable characters, else "" */
     const char *authorization, *api_key, *traceparent, *origin; /* or "" */
-    const char *cors_headers; /* Access-Control-Request-Headers, or "" */
+    const char *cors_headers;  /* Access-Control-Request-Headers, or "" */
+    const char *if_none_match; /* or "" */
 };
 
 struct http_handler {

@@ -407,6 +407,7 @@ static const struct {
     {"x-request-id", offsetof(struct http_request, request_id), false},
     {"traceparent", offsetof(struct http_request, traceparent), false},
     {"origin", offsetof(struct http_request, origin), false},
+    {"if-none-match", offsetof(struct http_request, if_none_match), false},
     {"access-control-request-headers", offsetof(struct http_request, cors_headers), false},
 };
 

@@ -59,9 +59,9 @@ static void request_check(struct outcome *o, const struct http_parse *p)
          !strstr(r->path, "%00") && !strchr(r->path, '?'));
     MUST(strlen(r->request_id) <= 128);
     MUST(!p->expects_100 || (p->has_body && !p->http10));
-    const char *texts[] = {r->method,       r->path,        r->query,
-                           r->content_type, r->request_id,  r->authorization,
-                           r->api_key,      r->traceparent, r->origin};
+    const char *texts[] = {r->method,     r->path,          r->query,   r->content_type,
+                           r->request_id, r->authorization, r->api_key, r->traceparent,
+                           r->origin,     r->if_none_match};
     for (size_t i = 0; i < ARRAY_LEN(texts); i++)
         text_check(o, texts[i], HTTP_MAX_HEADER_BYTES);
     uint8_t flags[] = {p->http10, p->keep_alive, p->has_body, p->expects_100, p->is_head};

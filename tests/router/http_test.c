@@ -71,9 +71,9 @@ static void on_request(void *user, struct http_exchange *x, const struct http_re
     (void)user;
     n_requests_seen++;
     snprintf(last_body, sizeof(last_body), "%.*s", (int)MIN(r->n_body, (size_t)1000), r->body);
-    snprintf(last_fields, sizeof(last_fields), "%s|%s|%s|%s|%s|%s|%s|%s|%s", r->method, r->path,
+    snprintf(last_fields, sizeof(last_fields), "%s|%s|%s|%s|%s|%s|%s|%s|%s|%s", r->method, r->path,
              r->query, r->content_type, r->request_id, r->authorization, r->api_key, r->traceparent,
-             r->origin);
+             r->origin, r->if_none_match);
     if (!strcmp(r->path, "/later") || !strcmp(r->path, "/stream")) {
         held = x;
         n_held++;
@@ -779,12 +779,12 @@ static void request_is_shown_whole(void)
     struct client *c = client_open();
     expect_ok(c, "POST /x/y?a=b&c HTTP/1.1\r\n" H "Content-Type:  application/json \r\n"
                  "X-Request-Id: r-1\r\nX-Request-Id: r-2\r\nAuthorization: Bearer k\r\n"
-                 "X-Api-Key: z\r\nTraceparent: 00-1\r\nOrigin: http://o\r\n"
+                 "X-Api-Key: z\r\nTraceparent: 00-1\r\nOrigin: http://o\r\nIf-None-Match: \"e\"\r\n"
                  "Content-Length: 3\r\n\r\nabc");
-    CHECK_STR(last_fields, "POST|/x/y|a=b&c|application/json|r-1|Bearer k|z|00-1|http://o");
+    CHECK_STR(last_fields, "POST|/x/y|a=b&c|application/json|r-1|Bearer k|z|00-1|http://o|\"e\"");
     CHECK_STR(last_body, "abc");
     expect_ok(c, "GET http://a?q HTTP/1.1\r\n" H "X-Request-Id: with space\r\n\r\n");
-    CHECK_STR(last_fields, "GET|/|q||||||");
+    CHECK_STR(last_fields, "GET|/|q|||||||");
     expect_ok(c, "POST /ok HTTP/1.1\r\n" H "Transfer-Encoding: chunked\r\n\r\n"
                  "3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\nT: u\r\n\r\n");
     CHECK_STR(last_body, "abc0123456789");
