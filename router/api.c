@@ -54,6 +54,7 @@ static const struct route routes[] = {
     {"/ready", GET, .get = api_get_ready, .open = true},
     {"/readiness", GET, .get = api_get_ready, .open = true},
     {"/metrics", GET, .get = api_get_metrics},
+    {"/status", GET, .get = api_get_status},
     {"/version", GET, .get = api_get_version, .open = true},
     {"/v1/models", GET, .get = api_get_models},
     {"/v1/models/*", GET, .get = api_get_model},

@@ -61,28 +61,6 @@ void api_get_metrics(struct api *a, struct http_exchange *x, const struct http_r
     answer_out(a, x, r, "text/plain; version=0.0.4; charset=utf-8", &o);
 }
 
-void api_get_page(struct api *a, struct http_exchange *x, const struct http_request *r)
-{
-    static const char page[] =
-        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Baton</title>\n"
-        "<style>body{font:16px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;"
-        "padding:0 1em}code{background:#8882;padding:.1em .3em;border-radius:3px}</style>\n"
-        "<h1>Baton</h1>\n<ul>\n"
-        "<li><code>POST /v1/chat/completions</code></li>\n"
-        "<li><code>POST /v1/completions</code></li>\n"
-        "<li><code>POST /v1/responses</code></li>\n"
-        "<li><code>POST /v1/messages</code>, <code>POST /v1/messages/count_tokens</code></li>\n"
-        "<li><code>GET <a href=\"/v1/models\">/v1/models</a></code></li>\n"
-        "<li><code>POST /generate</code>, <code>POST /generate_stream</code></li>\n"
-        "<li><code>POST /tokenize</code>, <code>POST /detokenize</code></li>\n"
-        "<li><code>GET <a href=\"/health\">/health</a></code>, "
-        "<code><a href=\"/ready\">/ready</a></code>, "
-        "<code><a href=\"/metrics\">/metrics</a></code>, "
-        "<code><a href=\"/version\">/version</a></code></li>\n"
-        "</ul></html>\n";
-    answer(a, x, r, 200, "text/html; charset=utf-8", page);
-}
-
 /* ---- models ---- */
 
 /* OpenAI's members and Anthropic's in one object: each SDK reads its own. */

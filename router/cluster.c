@@ -74,6 +74,7 @@ enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
     if (!c->sched)
         return err_set(ERR_NOMEM, "no memory for the scheduler");
     cluster_metrics_create(c);
+    TRY(cluster_history_create(&c->history));
 
     struct link_limits limits = {.dead_us = DEAD_US, .send_hwm = SEND_HWM};
     TRY(link_hub_create(c->loop, f->router_endpoint, limits, on_hub, c, &c->hub));
@@ -118,6 +119,7 @@ static void cluster_free(struct cluster *c)
     gen_table_finish(c);
     sched_destroy(c->sched);
     wire_buf_finish(&c->out);
+    free(c->history);
     free(c);
 }
 
@@ -187,6 +189,7 @@ static void on_tick(uv_timer_t *t)
     struct cluster *c = t->data;
     uint64_t now = clock_now_us();
     sched_tick(c->sched, now);
+    cluster_history_tick(c, now);
     if (now - c->pulsed_us >= PULSE_US) {
         c->pulsed_us = now;
         for (uint32_t i = 0; i < c->workers.n; i++) {

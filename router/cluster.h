@@ -31,6 +31,9 @@ void cluster_update_metrics(struct cluster *c);
 /* For the admin socket: requests by state, workers with their pages, epoch, stale counts, timers.
  */
 json_t *cluster_accounting(struct cluster *c);
+/* For the status page: requests, totals, workers, links, and the last two minutes second by second.
+ * NULL: out of memory. */
+json_t *cluster_status(struct cluster *c);
 size_t cluster_n_gens(const struct cluster *c);
 void cluster_destroy(
     struct cluster *c); /* gens must have ended; memory goes when the loop has run */

@@ -46,6 +46,7 @@ struct cluster {
     uint64_t next_id;
     struct json_out text, piece; // scratch of gen.c
 
+    struct cluster_history *history;
     uv_timer_t pump, tick;
     uint64_t pulsed_us;
     int n_handles; // of the two above, until their close callbacks ran
@@ -65,6 +66,10 @@ MUST_CHECK enum err gen_take(struct cluster *c, uint32_t worker, const struct wi
 void gen_attempt_failed(struct cluster *c, uint32_t worker, const struct wire_msg *m);
 void gen_fail(struct gen *g, enum err code, const char *text);
 void gen_table_finish(struct cluster *c);
+
+/* cluster_status.c: samples for cluster_status, taken when one is due. */
+MUST_CHECK enum err cluster_history_create(struct cluster_history **ret);
+void cluster_history_tick(struct cluster *c, uint64_t now_us);
 
 /* cluster_metrics.c */
 void cluster_metrics_create(struct cluster *c);

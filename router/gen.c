@@ -300,6 +300,8 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
     struct gen *g = a->user;
     g->n_attempts = a->attempt + 1;
     COUNT(c, placed, 1);
+    if (a->d != SCHED_NONE)
+        c->workers.at[a->p].n_paired[a->d]++;
     if (g->n_emitted > 0)
         COUNT(c, resumed, 1);
     if (!g->ids_complete) {

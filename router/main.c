@@ -49,6 +49,7 @@ struct router {
     uv_signal_t sigterm, sigint, sighup;
     uv_timer_t check, watchdog;
     bool draining, closing;
+    uint64_t started_us;
     uint64_t deadline_us; // of draining, then of closing
 };
 
@@ -60,6 +61,7 @@ static void on_check(uv_timer_t *t);
 static void on_watchdog(uv_timer_t *t);
 static json_t *on_admin(void *user, const char *command, const char *argument);
 static void write_metrics(void *user, struct json_out *out);
+static void write_status(void *user, struct json_out *out);
 static const struct http_handler guard;
 
 int main(int argc, char **argv)
@@ -189,6 +191,7 @@ static enum err start(struct router *r)
                             .tokenizer = r->tokenizer,
                             .cluster = r->cluster,
                             .write_metrics = write_metrics,
+                            .write_status = write_status,
                             .metrics_user = r};
     TRY(api_create(&ac, &r->api_handler, &r->api));
 
@@ -206,6 +209,7 @@ static enum err start(struct router *r)
     uv_signal_init(&r->loop, &r->sigterm);
     uv_signal_init(&r->loop, &r->sigint);
     uv_signal_init(&r->loop, &r->sighup);
+    r->started_us = clock_now_us();
     r->check.data = r->watchdog.data = r->sigterm.data = r->sigint.data = r->sighup.data = r;
     uv_signal_start(&r->sigterm, on_signal, SIGTERM);
     uv_signal_start(&r->sigint, on_signal, SIGINT);
@@ -358,19 +362,21 @@ static int count_fds(void)
 
 static void count_handle(uv_handle_t *h, void *user) { ++*(int *)user; }
 
+static const char *state_name(const struct router *r)
+{
+    return r->closing ? "closing" : r->draining ? "draining" : "running";
+}
+
 static json_t *accounting(struct router *r)
 {
     int n_handles = 0;
     uv_walk(&r->loop, count_handle, &n_handles);
-    json_t *a =
-        json_pack("{s:s, s:s, s:{s:I, s:I}, s:{s:I}, s:i, s:i, s:I}", "process", "router", "state",
-                  r->closing    ? "closing"
-                  : r->draining ? "draining"
-                                : "running",
-                  "http", "connections", (json_int_t)http_server_n_connections(r->http),
-                  "exchanges", (json_int_t)http_server_n_exchanges(r->http), "api", "active",
-                  (json_int_t)(r->api ? api_n_active(r->api) : 0), "handles", n_handles, "fds",
-                  count_fds(), "rss_bytes", (json_int_t)resident_bytes());
+    json_t *a = json_pack("{s:s, s:s, s:{s:I, s:I}, s:{s:I}, s:i, s:i, s:I}", "process", "router",
+                          "state", state_name(r), "http", "connections",
+                          (json_int_t)http_server_n_connections(r->http), "exchanges",
+                          (json_int_t)http_server_n_exchanges(r->http), "api", "active",
+                          (json_int_t)(r->api ? api_n_active(r->api) : 0), "handles", n_handles,
+                          "fds", count_fds(), "rss_bytes", (json_int_t)resident_bytes());
     json_t *c = cluster_accounting(r->cluster);
     if (a && c)
         json_object_update(a, c);
@@ -399,4 +405,23 @@ static void write_metrics(void *user, struct json_out *out)
     metric_set(r->fds, count_fds());
     cluster_update_metrics(r->cluster);
     metrics_write(r->metrics, out);
+}
+
+/* Four digits are enough for curves; everything else is whole. */
+static void write_status(void *user, struct json_out *out)
+{
+    struct router *r = user;
+    json_t *all = json_pack("{s:s, s:s, s:{s:I, s:I, s:I, s:I}, s:o*}", "version", BATON_VERSION,
+                            "state", state_name(r), "router", "uptime_s",
+                            (json_int_t)((clock_now_us() - r->started_us) / 1000000u),
+                            "connections", (json_int_t)http_server_n_connections(r->http),
+                            "exchanges", (json_int_t)http_server_n_exchanges(r->http), "rss_bytes",
+                            (json_int_t)resident_bytes(), "cluster", cluster_status(r->cluster));
+    char *text = all ? json_dumps(all, JSON_COMPACT | JSON_REAL_PRECISION(4)) : NULL;
+    json_decref(all);
+    if (text)
+        json_out_raw(out, text, strlen(text));
+    else
+        out->failed = true;
+    free(text);
 }

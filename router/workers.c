@@ -25,6 +25,8 @@ struct worker_entry *workers_add(struct workers *ws, uint64_t peer, const struct
 void workers_remove(struct workers *ws, struct worker_entry *w)
 {
     w->present = w->active = false;
+    for (uint32_t i = 0; i < ws->n; i++)
+        ws->at[i].n_paired[w->idx] = 0; // whoever gets the index is another one
     while (ws->n > 0 && !ws->at[ws->n - 1].present)
         ws->n--;
 }

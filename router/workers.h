@@ -26,6 +26,7 @@ struct worker_entry {
     uint64_t joined_us, beat_us;
     uint64_t stall_us; // busy without progress, as far as beats showed it
     struct metric *series[WORKERS_N_METRICS];
+    uint64_t n_paired[WORKERS_MAX]; // prefill: attempts placed here and on that decode worker
 };
 
 struct workers {
