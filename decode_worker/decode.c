@@ -47,6 +47,7 @@ struct decode {
     struct early_release early[N_EARLY]; // a ring
     uint32_t early_at;
     bool stop, draining;
+    uint64_t step_end_us; // of the step just before; 0: there was a pause
     struct wire_beat beat;
 };
 
@@ -271,6 +272,7 @@ static void on_submit(struct decode *d, const struct wire_msg *m)
     st->req_id = req_id;
     st->attempt = attempt;
     st->instance = s->peer_instance;
+    st->arrival_us = clock_now_us();
     st->sampling = s->sampling;
     st->n_input = n_input;
     st->n_output = s->n_emitted;
@@ -327,6 +329,8 @@ static void grant(struct decode *d)
             ;
         d->slot_used[st->slot] = true;
         set_state(d, st, STREAM_RESERVED);
+        d->beat.n_grants++;
+        d->beat.grant_wait_us += clock_now_us() - st->arrival_us;
         struct wire_buf buf = {0};
         struct wire_grant *g = wire_begin(&buf, WIRE_GRANT, st->req_id, st->attempt);
         if (g)
@@ -686,12 +690,16 @@ static bool step(struct decode *d)
     for (struct stream *st = d->streams; st; st = st->next)
         if (st->state == STREAM_RUNNING)
             d->batch[n++] = st;
-    if (n == 0)
+    if (n == 0) {
+        d->step_end_us = 0;
         return false;
+    }
 
     worker_progress(d->worker, true); // from here until the turn ends a standstill is a hang
     uint64_t start_us = clock_now_us();
     constraints_trim(d->constraints);
+    d->beat.gap_us += d->step_end_us ? start_us - d->step_end_us : 0;
+    d->step_end_us = 0;
     enum err err = failpoint_pass("decode.step") == FAILPOINT_ERROR
                        ? err_set(ERR_INTERNAL, "failpoint decode.step")
                        : speculate_step(d->speculate, d->batch, n);
@@ -732,7 +740,9 @@ static bool step(struct decode *d)
             fail_grammar(d, st);
     }
     d->beat.n_steps++;
-    uint32_t took_us = (uint32_t)(clock_now_us() - start_us);
+    d->step_end_us = clock_now_us();
+    uint32_t took_us = (uint32_t)(d->step_end_us - start_us);
+    d->beat.step_total_us += took_us;
     d->beat.step_us = d->beat.step_us ? (d->beat.step_us * 7 + took_us) / 8 : took_us;
     return true;
 }

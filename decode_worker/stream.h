@@ -31,6 +31,7 @@ struct stream {
     uint64_t req_id;
     uint32_t attempt;
     uint64_t instance; // prefill worker
+    uint64_t arrival_us;
     struct wire_sampling sampling;
     uint32_t n_input;  // prompt and output of earlier attempts
     uint32_t n_output; // output so far, earlier attempts included

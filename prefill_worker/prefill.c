@@ -93,6 +93,7 @@ struct prefill {
     uint64_t next_id;
     bool stop, draining, starved; // starved: the oldest queued prompt found no pages
     bool mtp, checksum;
+    uint64_t chunk_end_us; // of the chunk just before; 0: there was a pause
     struct wire_beat beat;
 
     // arrays of one chunk
@@ -633,8 +634,10 @@ static bool compute_chunk(struct prefill *p)
     uint32_t *take_tokens = p->part_tokens;
     uint32_t total =
         packing_choose(p->left, n, p->chunk_tokens, p->config.max_prompts, take_tokens);
-    if (total == 0)
+    if (total == 0) {
+        p->chunk_end_us = 0;
         return false;
+    }
     uint32_t n_parts = 0;
     for (uint32_t i = 0; i < n; i++)
         if (take_tokens[i]) {
@@ -646,6 +649,8 @@ static bool compute_chunk(struct prefill *p)
     constraints_trim(p->constraints);
     failpoint_pass("prefill.chunk");
     uint64_t start_us = clock_now_us();
+    p->beat.gap_us += p->chunk_end_us ? start_us - p->chunk_end_us : 0;
+    p->chunk_end_us = 0;
     struct batch b = build_batch(p, n_parts, false);
     enum err err = engine_forward(p->engine, &b);
     if (err != ERR_OK) {
@@ -683,7 +688,9 @@ static bool compute_chunk(struct prefill *p)
         }
     }
     p->beat.n_steps++;
-    uint32_t took_us = (uint32_t)(clock_now_us() - start_us);
+    p->chunk_end_us = clock_now_us();
+    uint32_t took_us = (uint32_t)(p->chunk_end_us - start_us);
+    p->beat.step_total_us += took_us;
     p->beat.step_us = p->beat.step_us ? (p->beat.step_us * 7 + took_us) / 8 : took_us;
     p->beat.prompt_tokens += total;
     for (uint32_t i = 0; i < n_parts; i++) {

@@ -23,7 +23,7 @@ static_assert(sizeof(struct wire_hello) == 264, "no padding on the wire");
 static_assert(sizeof(struct wire_welcome) == 8, "no padding on the wire");
 static_assert(sizeof(struct wire_peer) == 192, "no padding on the wire");
 static_assert(sizeof(struct wire_gone) == 16, "no padding on the wire");
-static_assert(sizeof(struct wire_beat) == 224, "no padding on the wire");
+static_assert(sizeof(struct wire_beat) == 256, "no padding on the wire");
 static_assert(sizeof(struct wire_sampling) == 120, "no padding on the wire");
 static_assert(sizeof(struct wire_submit) == 160, "no padding on the wire");
 static_assert(sizeof(struct wire_tokens) == 8, "no padding on the wire");

@@ -181,6 +181,9 @@ struct wire_beat {
     uint64_t n_drafts, n_draft_tokens, n_accepted_tokens;
     uint64_t accepted_at[WIRE_MAX_MTP_STEP]; // by draft position
     uint64_t n_steps, n_stale;               // engine steps; messages dropped for epoch or attempt
+    uint64_t step_total_us;                  // in all steps or chunks
+    uint64_t gap_us; // between steps that followed each other at once: the host's own time
+    uint64_t n_grants, grant_wait_us; // decode: GRANTs sent; from SUBMIT to GRANT, summed
 };
 
 /* How tokens are drawn: see common/engine/sampler.h. */
