@@ -36,13 +36,15 @@ static const double token_le[] = {1,     2,      5,      10,     20,     50,    
                                   50000, 100000, 200000, 500000, 1000000};
 static const double step_le[] = {1,   2,   4,    8,    16,   32,   64,   128,
                                  256, 512, 1024, 2048, 4096, 8192, 16384};
+static const double n_le[] = {1, 2, 5, 10, 20};
 /* As metrics.def names them. */
 static const struct bounds {
     const double *le;
     size_t n;
 } none = {NULL, 0}, ttft_bounds = {ttft_le, ARRAY_LEN(ttft_le)},
   itl_bounds = {itl_le, ARRAY_LEN(itl_le)}, latency_bounds = {latency_le, ARRAY_LEN(latency_le)},
-  token_bounds = {token_le, ARRAY_LEN(token_le)}, step_bounds = {step_le, ARRAY_LEN(step_le)};
+  token_bounds = {token_le, ARRAY_LEN(token_le)}, step_bounds = {step_le, ARRAY_LEN(step_le)},
+  n_bounds = {n_le, ARRAY_LEN(n_le)};
 
 void cluster_metrics_create(struct cluster *c)
 {
@@ -136,6 +138,7 @@ void cluster_update_metrics(struct cluster *c)
     set(c, METRIC_n_decode, workers_usable(&c->workers, WIRE_DECODE));
     set(c, METRIC_gens, (double)c->n_gens);
     set(c, METRIC_ids_bytes, (double)c->id_bytes);
+    metric_mirror(cluster_metric(c, METRIC_itl_old), cluster_metric(c, METRIC_itl));
     for (uint32_t i = 0; i < c->workers.n; i++) {
         struct worker_entry *w = &c->workers.at[i];
         const struct wire_beat *b = &w->beat;

@@ -15,7 +15,7 @@
 struct metric;
 
 #define WORKERS_MAX       SCHED_MAX_WORKERS
-#define WORKERS_N_METRICS 40 /* series of one worker, at most */
+#define WORKERS_N_METRICS 56 /* series of one worker, at most */
 
 struct worker_entry {
     bool present, active;

@@ -162,6 +162,15 @@ void metric_observe(struct metric *s, double v)
     }
 }
 
+void metric_mirror(struct metric *s, const struct metric *from)
+{
+    if (!s || !from || s->family->n_bounds != from->family->n_bounds)
+        return;
+    s->value = from->value;
+    s->count = from->count;
+    memcpy(s->buckets, from->buckets, s->family->n_bounds * sizeof(*s->buckets));
+}
+
 double metric_value(const struct metric *s)
 {
     if (!s)

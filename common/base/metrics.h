@@ -31,7 +31,9 @@ void metrics_remove(struct metrics *m, struct metric *series);
 void metric_add(struct metric *s, double v);     /* counters and gauges */
 void metric_set(struct metric *s, double v);     /* gauges, and counters that mirror a total */
 void metric_observe(struct metric *s, double v); /* histograms */
-double metric_value(const struct metric *s);     /* counters, gauges; a histogram's count */
+/* Makes s, a histogram, show what from shows: one measurement under two names. */
+void metric_mirror(struct metric *s, const struct metric *from);
+double metric_value(const struct metric *s); /* counters, gauges; a histogram's count */
 
 /* What a histogram was shown between two calls of metric_window_move (zero-initialise; the first
  * call shows everything so far). Histograms with more bounds than METRIC_WINDOW_BOUNDS show the

@@ -123,6 +123,12 @@ static void windows_show_what_is_new(void)
     CHECK_NEAR(metric_window_quantile(&w, h, 0.9), 1, 1e-9);
     CHECK_NEAR(metric_window_quantile(&w, h, 0.95), 5.5, 1e-9); // the middle of 1 .. 10
     metric_observe(h, 64);
+    struct metric *other = metrics_get(m, METRIC_HISTOGRAM, "old", "Old.", "", bounds, 4);
+    struct metric_window all = {0};
+    metric_mirror(other, h);
+    metric_window_move(&all, other);
+    CHECK(all.n == 101 && all.in[2] == 90 && all.in[3] == 10 && all.in[4] == 1);
+    CHECK_NEAR(all.sum, 90 * 0.75 + 50 + 64, 1e-9);
     metric_window_move(&w, h);
     CHECK(w.n == 1);
     CHECK_NEAR(w.sum, 64, 1e-9);
