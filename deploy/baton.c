@@ -5,6 +5,7 @@
  *   baton keygen ROLE FILE         a key pair for links between hosts
  *   baton admin SOCKET COMMAND...  one question to a running process
  *   baton bench [flags]            a load on a server, measured (tests/bench)
+ *   baton trace FILE [OUT]         what the router wrote to --trace-file, for Perfetto
  *   baton version, baton help
  *
  * serve is plan.c (what to run) and supervisor.c (running it). Nothing here is on the request path.
@@ -27,6 +28,7 @@
 #include "deploy/plan.h"
 #include "deploy/preflight.h"
 #include "deploy/supervisor.h"
+#include "deploy/trace.h"
 
 #define ADMIN_TIMEOUT_S 10
 
@@ -48,6 +50,8 @@ int main(int argc, char **argv)
         return keygen(argc - 2, argv + 2);
     if (!strcmp(command, "admin"))
         return admin(argc - 2, argv + 2);
+    if (!strcmp(command, "trace"))
+        return trace_main(argc - 2, argv + 2);
     if (!strcmp(command, "bench"))
         return bench(argv + 1);
     if (!strcmp(command, "version") || !strcmp(command, "--version")) {
@@ -75,6 +79,9 @@ static int usage(FILE *f)
           "printed\n"
           "       baton admin SOCKET COMMAND...  ask a process: accounting, drain, failpoint SPEC\n"
           "       baton bench [flags]            put a load on a server and measure it\n"
+          "       baton trace FILE [OUT]         a capture of the router's --trace-file as a trace "
+          "for "
+          "Perfetto\n"
           "       baton version\n"
           "       baton help\n"
           "\n"
