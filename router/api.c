@@ -510,6 +510,11 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     snprintf(call->id, sizeof(call->id), "%s%016llx%08x",
              call->shape->id_prefix ? call->shape->id_prefix : "",
              (unsigned long long)api_random(a), (unsigned)api_random(a));
+    if (traceparent_parse(r->traceparent, api_random(a), &call->trace)) {
+        char text[TRACEPARENT_BYTES];
+        traceparent_write(&call->trace, text);
+        http_add_header(x, "traceparent", text);
+    }
     call->next = a->calls;
     if (a->calls)
         a->calls->prev = call;
@@ -724,13 +729,23 @@ static enum err choice_start(struct api_choice *choice, uint32_t i)
         .n_grammar = call->n_grammar,
         .cache_salt = call->params.cache_salt,
         .arrival_us = call->arrival_us,
+        .origin = {.request_id = call->request_id,
+                   .trace_id = call->trace.trace_id,
+                   .parent_id = call->trace.parent_id,
+                   .span_id = call->trace.span_id,
+                   .choice = choice->idx,
+                   .n_choices = (uint32_t)call->n_choices},
     };
     api_params_sampling(&call->params, &call->model, &p.sampling);
     if (call->n_each > (size_t)call->params.n)
         p.sampling.n_logprobs = MAX(p.sampling.n_logprobs, 0); /* best_of goes by them */
     p.sampling.seed = i == 0 ? call->seed : hash_mix(call->seed ^ i * 0x9e3779b97f4a7c15u);
     p.sampling.max_tokens = choice->prompt->max_tokens;
-    return gen_start(call->api->c.cluster, &p, &callbacks, choice, &choice->gen);
+    TRY(gen_start(call->api->c.cluster, &p, &callbacks, choice, &choice->gen));
+    log_debug("api", "req=%s gen=%llx trace=%s choice=%u started", call->request_id,
+              (unsigned long long)gen_id(choice->gen),
+              call->trace.trace_id[0] ? call->trace.trace_id : "-", choice->idx);
+    return ERR_OK;
 }
 
 static void call_run(struct api_call *call)

@@ -161,11 +161,12 @@ void api_access_log(const struct api_call *call)
     }
     log_info("access",
              "req=%s key=%s path=%s status=%d stream=%d prompt=%llu cached=%llu output=%llu "
-             "ms=%llu",
+             "ms=%llu%s%s",
              call->request_id, call->key ? access_label(call->key) : "-", call->path, call->status,
              call->params.stream, (unsigned long long)n_prompt, (unsigned long long)n_cached,
              (unsigned long long)n_output,
-             (unsigned long long)((clock_now_us() - call->arrival_us + 500) / 1000));
+             (unsigned long long)((clock_now_us() - call->arrival_us + 500) / 1000),
+             call->trace.trace_id[0] ? " trace=" : "", call->trace.trace_id);
 }
 
 void api_access_log_refused(const struct api *a, const struct http_request *r, const char *path,

@@ -12,6 +12,7 @@
 #include "router/access.h"
 #include "router/api.h"
 #include "router/text/chat_template.h"
+#include "router/traceparent.h"
 #include "router/text/detokenizer.h"
 #include "router/text/glm_parser.h"
 #include "router/text/stop.h"
@@ -224,9 +225,10 @@ struct api_call {
     bool broken;      /* out of memory inside a callback: failed by the next tick */
     bool stream_path; /* /generate_stream */
     char id[48], request_id[132];
-    const char *path;       /* the route's */
-    int status;             /* of the answer; 499: the client left before it */
-    struct access_key *key; /* that the call was taken from, or NULL */
+    const char *path;         /* the route's */
+    int status;               /* of the answer; 499: the client left before it */
+    struct traceparent trace; /* the caller's; trace_id "": none */
+    struct access_key *key;   /* that the call was taken from, or NULL */
     uint64_t arrival_us, created_s, last_write_us;
     uv_work_t work;
     enum err work_result;

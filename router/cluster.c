@@ -24,6 +24,7 @@
 #define TICK_MS  50u
 #define PULSE_US 100000u
 #define DEAD_US  3000000u
+#define FLUSH_US 1000000u
 #define SEND_HWM 20000
 #define NO_PEER  UINT64_MAX
 
@@ -75,6 +76,8 @@ enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
         return err_set(ERR_NOMEM, "no memory for the scheduler");
     cluster_metrics_create(c);
     TRY(cluster_history_create(&c->history));
+    if (f->trace_file && f->trace_file[0])
+        TRY(trace_open(f->trace_file, &c->trace));
 
     struct link_limits limits = {.dead_us = DEAD_US, .send_hwm = SEND_HWM};
     TRY(link_hub_create(c->loop, f->router_endpoint, limits, on_hub, c, &c->hub));
@@ -120,6 +123,7 @@ static void cluster_free(struct cluster *c)
     sched_destroy(c->sched);
     wire_buf_finish(&c->out);
     free(c->history);
+    trace_close(c->trace);
     free(c);
 }
 
@@ -138,6 +142,11 @@ enum err cluster_admits(struct cluster *c, uint32_t n, int *ret_retry_after_s)
     *ret_retry_after_s = 1 + (int)(c->jitter % 5);
     COUNT(c, refused, 1);
     return e;
+}
+
+enum err cluster_reopen_trace(struct cluster *c)
+{
+    return c->trace ? trace_reopen(c->trace) : ERR_OK;
 }
 
 bool cluster_ready(const struct cluster *c)
@@ -190,6 +199,10 @@ static void on_tick(uv_timer_t *t)
     uint64_t now = clock_now_us();
     sched_tick(c->sched, now);
     cluster_history_tick(c, now);
+    if (c->trace && now - c->flushed_us >= FLUSH_US) {
+        c->flushed_us = now;
+        trace_flush(c->trace);
+    }
     if (now - c->pulsed_us >= PULSE_US) {
         c->pulsed_us = now;
         for (uint32_t i = 0; i < c->workers.n; i++) {

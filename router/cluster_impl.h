@@ -6,6 +6,7 @@
 #include "common/base/link.h"
 #include "router/cluster.h"
 #include "router/sched.h"
+#include "router/trace.h"
 #include "router/workers.h"
 
 /* Prompt and output ids of all gens together. A stream that does not get memory for its ids any
@@ -47,6 +48,8 @@ struct cluster {
     struct json_out text, piece; // scratch of gen.c
 
     struct cluster_history *history;
+    struct trace *trace; // NULL: not wanted
+    uint64_t flushed_us;
     uv_timer_t pump, tick;
     uint64_t pulsed_us;
     int n_handles; // of the two above, until their close callbacks ran

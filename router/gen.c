@@ -28,6 +28,13 @@
     256u /* whole pages; prompts that share them go to the same prefill worker                     \
           */
 
+/* What a trace needs beyond the gen's own figures. */
+struct origin {
+    char request_id[132], trace_id[33], parent_id[17], span_id[17];
+    char prefill[WIRE_MAX_NAME], decode[WIRE_MAX_NAME];
+    uint32_t choice, n_choices;
+};
+
 struct gen {
     struct cluster *cluster;
     struct gen *next; // in its bucket
@@ -56,8 +63,11 @@ struct gen {
     size_t n_stop;
     bool include_stop;
 
-    uint64_t arrival_us, first_us, last_us;
-    bool measured; // the first attempt's P said:
+    uint64_t arrival_us, queued_us, placed_us, first_us, last_us;
+    uint64_t prefill_start_us, prefill_end_us, handoff_us; // of the last attempt
+    uint32_t n_steps, n_decoded;                           // decode steps, and tokens from them
+    struct origin *origin;                                 // NULL: not traced
+    bool measured;                                         // the first attempt's P said:
     uint32_t n_cached;
     uint64_t prefill_us;
     char *why; // the last worker's own words about a failure
@@ -72,6 +82,7 @@ static struct gen *table_find(const struct cluster *c, uint64_t id);
 static bool ids_reserve(struct gen *g, size_t n);
 static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_t skip,
                         uint32_t worker);
+static void gen_trace(struct gen *g, const char *finish, const char *error);
 static void gen_end(struct gen *g, enum gen_finish finish, int32_t stop_id, int which);
 static void attempt_failed(struct gen *g, uint32_t from, enum err code, const char *text);
 
@@ -126,6 +137,27 @@ static enum err copy_grammar(struct gen *g, const struct gen_params *p)
     return ERR_OK;
 }
 
+static void copy_text(char *ret, size_t n, const char *text)
+{
+    snprintf(ret, n, "%s", text ? text : "");
+}
+
+static enum err copy_origin(struct gen *g, const struct gen_origin *o)
+{
+    if (!g->cluster->trace)
+        return ERR_OK;
+    struct origin *to = g->origin = calloc(1, sizeof(*to));
+    if (!to)
+        return err_set(ERR_NOMEM, "no memory for a trace");
+    copy_text(to->request_id, sizeof(to->request_id), o->request_id);
+    copy_text(to->trace_id, sizeof(to->trace_id), o->trace_id);
+    copy_text(to->parent_id, sizeof(to->parent_id), o->parent_id);
+    copy_text(to->span_id, sizeof(to->span_id), o->span_id);
+    to->choice = o->choice;
+    to->n_choices = o->n_choices;
+    return ERR_OK;
+}
+
 static uint64_t prefix_hash(const struct gen_params *p)
 {
     if (p->n_prompt < PREFIX_TOKENS)
@@ -165,6 +197,7 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
     TRY(copy_stops(g, p));
     TRY(copy_bias(g, p));
     TRY(copy_grammar(g, p));
+    TRY(copy_origin(g, &p->origin));
     TRY(table_add(c, g));
 
     struct sched_request r = {.id = g->id,
@@ -172,11 +205,14 @@ enum err gen_start(struct cluster *c, const struct gen_params *p, const struct g
                               .n_prompt = p->n_prompt,
                               .max_tokens = p->sampling.max_tokens,
                               .prefix_hash = prefix_hash(p)};
-    g->slot = sched_add(c->sched, &r, clock_now_us());
+    g->queued_us = clock_now_us();
+    g->slot = sched_add(c->sched, &r, g->queued_us);
     COUNT(c, admitted, 1);
     COUNT(c, prompt_tokens, p->n_prompt);
     OBSERVE_N(c, request_prompt_tokens, p->n_prompt);
     OBSERVE_N(c, request_max_tokens, p->sampling.max_tokens);
+    if (p->origin.n_choices && p->origin.choice == 0)
+        OBSERVE_N(c, request_n, p->origin.n_choices);
     log_debug("gen", "req=%" PRIx64 " prompt=%u max=%u queued", g->id, p->n_prompt,
               p->sampling.max_tokens);
     cluster_kick(c);
@@ -239,6 +275,7 @@ void gen_cancel(struct gen *g)
     struct cluster *c = g->cluster;
     log_debug("gen", "req=%" PRIx64 " tokens=%u cancelled", g->id, g->n_emitted);
     metric_add(cluster_metric(c, FINISHED_abort), 1);
+    gen_trace(g, "abort", NULL);
     sched_end(c->sched, g->slot, SCHED_NONE);
     cluster_kick(c);
     table_remove(c, g);
@@ -257,6 +294,7 @@ static void gen_destroy(struct gen *g)
     free(g->stop_lens);
     free(g->bias_id);
     free(g->grammar);
+    free(g->origin);
     free(g->ids);
     free(g->why);
     free(g);
@@ -302,6 +340,13 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
     COUNT(c, placed, 1);
     if (a->d != SCHED_NONE)
         c->workers.at[a->p].n_paired[a->d]++;
+    g->placed_us = clock_now_us();
+    g->prefill_start_us = g->prefill_end_us = g->handoff_us = 0;
+    if (g->origin) {
+        copy_text(g->origin->prefill, WIRE_MAX_NAME, c->workers.at[a->p].hello.name);
+        copy_text(g->origin->decode, WIRE_MAX_NAME,
+                  a->d == SCHED_NONE ? "" : c->workers.at[a->d].hello.name);
+    }
     if (g->n_emitted > 0)
         COUNT(c, resumed, 1);
     if (!g->ids_complete) {
@@ -411,10 +456,19 @@ static bool pass_text(struct gen *g, const struct json_out *piece, int *which)
     return true;
 }
 
-static void measure(struct gen *g, uint32_t n_new)
+static void measure(struct gen *g, uint32_t n_new, const struct wire_stream *h, uint32_t worker)
 {
     struct cluster *c = g->cluster;
     uint64_t now = clock_now_us();
+    if (c->workers.at[worker].hello.role == WIRE_PREFILL) {
+        g->prefill_end_us = now;
+        g->prefill_start_us = MAX(now - MIN(h->prefill_us, now), g->placed_us);
+    } else if (n_new > 0) {
+        g->n_steps++;
+        g->n_decoded += n_new;
+        if (!g->handoff_us)
+            g->handoff_us = now;
+    }
     COUNT(c, generation_tokens, n_new);
     for (uint32_t i = 0; i < n_new; i++) {
         if (!g->first_us) {
@@ -457,7 +511,7 @@ static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_
             stop_flush(g->stop, &c->text);
     }
     sched_token(c->sched, g->slot, worker, g->n_emitted, clock_now_us());
-    measure(g, n_used);
+    measure(g, n_used, h, worker);
 
     if (c->text.failed || c->piece.failed) {
         json_out_finish(&c->text);
@@ -507,6 +561,41 @@ static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_
 
 /* -- ends -- */
 
+static void gen_trace(struct gen *g, const char *finish, const char *error)
+{
+    const struct origin *o = g->origin;
+    if (!o)
+        return;
+    trace_write(g->cluster->trace, &(struct trace_record){
+                                       .request_id = o->request_id,
+                                       .trace_id = o->trace_id,
+                                       .parent_id = o->parent_id,
+                                       .span_id = o->span_id,
+                                       .prefill = o->prefill,
+                                       .decode = o->decode,
+                                       .finish = finish,
+                                       .error = error,
+                                       .gen_id = g->id,
+                                       .choice = o->choice,
+                                       .n_choices = o->n_choices,
+                                       .n_attempts = g->n_attempts,
+                                       .n_prompt = g->n_prompt,
+                                       .n_cached = g->n_cached,
+                                       .n_output = g->n_emitted,
+                                       .n_steps = g->n_steps,
+                                       .n_accepted = g->n_decoded - g->n_steps,
+                                       .received_us = g->arrival_us,
+                                       .queued_us = g->queued_us,
+                                       .placed_us = g->placed_us,
+                                       .prefill_start_us = g->prefill_start_us,
+                                       .prefill_end_us = g->prefill_end_us,
+                                       .first_token_us = g->first_us,
+                                       .handoff_us = g->handoff_us,
+                                       .last_token_us = g->last_us,
+                                       .end_us = clock_now_us(),
+                                   });
+}
+
 /* The scheduler has already let go of it. */
 static void gen_end(struct gen *g, enum gen_finish finish, int32_t stop_id, int which)
 {
@@ -535,8 +624,12 @@ static void gen_end(struct gen *g, enum gen_finish finish, int32_t stop_id, int 
     OBSERVE(c, inference_time, last - first + prefill);
     if (g->n_emitted > 1)
         OBSERVE(c, tpot, (last - first) / (g->n_emitted - 1));
+    if (g->handoff_us && g->n_attempts == 1)
+        OBSERVE(c, handoff_gap, g->handoff_us - first);
     OBSERVE_N(c, request_generation_tokens, g->n_emitted);
+    OBSERVE_N(c, request_max_generation_tokens, g->n_emitted);
     metric_add(cluster_metric(c, finish == GEN_STOP ? FINISHED_stop : FINISHED_length), 1);
+    gen_trace(g, finish == GEN_STOP ? "stop" : "length", NULL);
     log_debug("gen",
               "req=%" PRIx64 " tokens=%u attempts=%u ttft_us=%" PRIu64 " us=%" PRIu64 " done",
               g->id, g->n_emitted, e.usage.n_attempts, e.usage.ttft_us, e.usage.total_us);
@@ -556,6 +649,7 @@ void gen_fail(struct gen *g, enum err code, const char *text)
               "req=%" PRIx64 " tokens=%u code=%s failed: %s", g->id, g->n_emitted, err_name(code),
               text);
     metric_add(cluster_metric(c, FINISHED_error), 1);
+    gen_trace(g, "error", err_name(code));
     table_remove(c, g);
     g->in_callback = true;
     g->cb.on_error(g->user, code, text);

@@ -59,6 +59,12 @@ struct gen_callbacks {
     void (*on_error)(void *user, enum err code, const char *text);
 };
 
+/* Whose output it is, for traces: all of it may be left out. */
+struct gen_origin {
+    const char *request_id, *trace_id, *parent_id, *span_id; /* copied when traced */
+    uint32_t choice, n_choices; /* of the request; n_choices 0: unknown */
+};
+
 struct gen_params {
     const int32_t *prompt; /* copied */
     uint32_t n_prompt;
@@ -76,6 +82,7 @@ struct gen_params {
     size_t n_grammar;
     uint64_t cache_salt;
     uint64_t arrival_us; /* when the HTTP request was complete (clock_now_us) */
+    struct gen_origin origin;
 };
 
 /* ERR_BUSY: the queue is full. ERR_UNAVAILABLE: no worker of a role is there. ERR_TOO_LONG /

@@ -286,6 +286,9 @@ static void on_hangup(uv_signal_t *s, int signum)
         log_error("main", "signal=%d the old keys stay: %s", signum, err_text(e));
     else
         log_info("main", "signal=%d keys=%zu read again", signum, n_keys);
+    e = r->cluster ? cluster_reopen_trace(r->cluster) : ERR_OK;
+    if (e != ERR_OK)
+        log_error("main", "signal=%d the old file stays: %s", signum, err_text(e));
 }
 
 static void drain(struct router *r, const char *why)
