@@ -251,7 +251,7 @@ static void simulate(const struct speculate *s, struct stream *st)
     for (uint32_t j = 0; j < st->n_draft; j++) {
         uint64_t h = hash_mix(st->sampling.seed ^ (st->n_ctx + j) * 0x9e3779b97f4a7c15u);
         if ((double)(h >> 11) * 0x1p-53 < s->config.simulated)
-            st->sampled[j] = st->draft[j];
+            st->draft[j] = st->sampled[j];
         else if (st->sampled[j] == st->draft[j])
             st->draft[j] ^= 1;
     }
