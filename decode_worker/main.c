@@ -27,6 +27,7 @@ static enum err run(const struct config *config, int *ret_exit)
     int n_rows = n_streams * ((int)config->mtp_step + 1);
     struct engine_config e = {
         .device = device,
+        .mock = setup_mock(&setup),
         .n_threads = (int)config->threads,
         .max_rows = n_rows,
         .max_seqs = n_streams,

@@ -162,7 +162,9 @@ static void check_model(struct report *r)
     if (mtp_step > 0 && !config.n_mtp_layers)
         fail(r, "mtp", "leave --mtp-step out",
              "--mtp-step %ld, but the checkpoint has no MTP layer", mtp_step);
-    if (dummy)
+    if (!strcmp(setting(worker, "device", "BATON_DEVICE"), "mock"))
+        ok(r, "weights", "none (--device mock)");
+    else if (dummy)
         ok(r, "weights", "made up (--load-format dummy)");
     else
         check_weights(r, dir);

@@ -38,6 +38,7 @@ static enum err run(struct config *config, int *ret_exit)
     config->chunked_prefill_size = chunk;
     struct engine_config e = {
         .device = device,
+        .mock = setup_mock(&setup),
         .n_threads = (int)config->threads,
         .max_rows = (int)chunk,
         .max_seqs = MAX_PROMPTS,

@@ -172,11 +172,11 @@ static enum err check_string(const struct setting *s, const char *value, const c
     TRY(check_words(s, value, shown));
     if (!strcmp(s->name, "device")) {
         const char *n = strncmp(value, "cuda:", 5) ? NULL : value + 5;
-        bool good = !strcmp(value, "cpu") || (n && *n && strlen(n) <= 3);
+        bool good = !strcmp(value, "cpu") || !strcmp(value, "mock") || (n && *n && strlen(n) <= 3);
         for (; good && n && *n; n++)
             good = isdigit((unsigned char)*n);
         if (!good)
-            return err_set(ERR_INVALID, "%s is '%s', must be cpu or cuda:N", shown, value);
+            return err_set(ERR_INVALID, "%s is '%s', must be cpu, mock or cuda:N", shown, value);
     }
     for (size_t i = 0; i < ARRAY_LEN(endpoints); i++)
         if (!strcmp(s->name, endpoints[i]) && *value && strncmp(value, "tcp://", 6) &&

@@ -7,11 +7,11 @@
 #include <string.h>
 #include <unistd.h>
 
-/* "cpu" or "cuda:N"; -1 is the CPU. */
+/* "cpu", "mock" or "cuda:N"; -1 is the CPU, on which a mock runs too. */
 static enum err device_parse(const char *name, int *ret)
 {
     char *end;
-    if (!strcmp(name, "cpu")) {
+    if (!strcmp(name, "cpu") || !strcmp(name, "mock")) {
         *ret = -1;
         return ERR_OK;
     }
@@ -22,7 +22,7 @@ static enum err device_parse(const char *name, int *ret)
             return ERR_OK;
         }
     }
-    return err_set(ERR_INVALID, "device %s: must be cpu or cuda:N", name);
+    return err_set(ERR_INVALID, "device %s: must be cpu, mock or cuda:N", name);
 }
 
 /* Modules lie beside the executable, or in a build tree where they were built. Never unloaded: CUDA

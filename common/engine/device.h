@@ -28,8 +28,9 @@ struct device_memory {
     uint64_t handle; /* the driver's */
 };
 
-/* "cpu" gives NULL, which every caller understands as host memory. ERR_INVALID for another name, a
- * GPU that is not there or not a Hopper, or a build without CUDA. Callable once per process. */
+/* "cpu" and "mock" give NULL, which every caller understands as host memory. ERR_INVALID for
+ * another name, a GPU that is not there or not a Hopper, or a build without CUDA. Callable once per
+ * process. */
 MUST_CHECK enum err device_open(const char *name, struct device **ret);
 /* Makes KV transport nccl known (kv_transport.h), from a module beside the CUDA one. host: where
  * this worker listens. ERR_INVALID: no module, or no NCCL on this machine. */

@@ -36,20 +36,19 @@ enum err engine_create(const struct engine_config *c, const struct weights *w, s
         return err_set(ERR_INVALID,
                        "an engine for %d rows, %d sequences, %d logits, %d imports, %d tokens",
                        c->max_rows, c->max_seqs, c->max_logits, c->max_imports, c->max_ctx);
-    uint32_t value_bytes = c->device ? 2 : 4;
-    if (p->kv_width != KV_WIDTH || p->dtype_bytes != value_bytes ||
+    uint32_t value_bytes = c->device ? 2 : 4, width = c->mock ? MOCK_KV_WIDTH : KV_WIDTH;
+    if (p->kv_width != width || p->dtype_bytes != value_bytes ||
         p->n_layers < (uint32_t)m->n_layers ||
         p->n_layers > (uint32_t)(m->n_layers + m->n_mtp_layers))
         return err_set(ERR_INVALID,
-                       "KV pages of %u layers x %u values x %u bytes, the model needs %d x %d x %u",
-                       p->n_layers, p->kv_width, p->dtype_bytes, m->n_layers, KV_WIDTH,
-                       value_bytes);
+                       "KV pages of %u layers x %u values x %u bytes, the model needs %d x %u x %u",
+                       p->n_layers, p->kv_width, p->dtype_bytes, m->n_layers, width, value_bytes);
     struct engine base = base_of(c, w);
     base.kv_layers = (int)p->n_layers;
     base.n_pages = (int)p->n_pages;
     if (c->device)
         return c->device->ops->engine(&base, c->device, pool, ret);
-    return engine_cpu_create(&base, pool, ret);
+    return c->mock ? engine_mock_create(&base, pool, ret) : engine_cpu_create(&base, pool, ret);
 }
 
 void engine_destroy(struct engine *e)

@@ -19,19 +19,25 @@
 #include "kernels/kernels.h"
 
 struct engine;
+struct mock_costs;
+
+#define MOCK_KV_WIDTH                                                                              \
+    2 /* values of 4 bytes per layer and token in the pages of the mock engine                     \
+       */
 
 struct engine_config {
-    struct device *device;        /* the pool's and the weights'; NULL: the CPU */
-    int n_threads;                /* of the CPU; 0 = one per core */
-    int max_rows;                 /* largest batch, in rows */
-    int max_seqs;                 /* largest batch, in sequences */
-    int max_logits;               /* most rows whose logits are wanted at once */
-    int max_imports;              /* slots for imported hidden rows */
-    int max_ctx;                  /* longest sequence in tokens */
-    int max_seq_rows;             /* most rows of one sequence in a batch; 0 = max_rows */
-    int max_graph_rows;           /* largest batch replayed as a CUDA graph; 0 = none */
-    float inner_norm_eps;         /* 0 = norm_eps */
-    void (*progress)(void *user); /* called between layers on the caller's thread, or NULL */
+    struct device *device;         /* the pool's and the weights'; NULL: the CPU */
+    const struct mock_costs *mock; /* compute nothing, only take that time; NULL: compute */
+    int n_threads;                 /* of the CPU; 0 = one per core */
+    int max_rows;                  /* largest batch, in rows */
+    int max_seqs;                  /* largest batch, in sequences */
+    int max_logits;                /* most rows whose logits are wanted at once */
+    int max_imports;               /* slots for imported hidden rows */
+    int max_ctx;                   /* longest sequence in tokens */
+    int max_seq_rows;              /* most rows of one sequence in a batch; 0 = max_rows */
+    int max_graph_rows;            /* largest batch replayed as a CUDA graph; 0 = none */
+    float inner_norm_eps;          /* 0 = norm_eps */
+    void (*progress)(void *user);  /* called between layers on the caller's thread, or NULL */
     void *progress_user;
 };
 
@@ -95,5 +101,10 @@ MUST_CHECK enum err engine_read_logits(struct engine *e, bool draft, int row, fl
 uint32_t engine_device_us(const struct engine *e);
 
 const struct model_config *engine_model(const struct engine *e);
+
+/* What the mock engine draws for an absolute position, in [0, n_text_ids) (unless it is banned or
+ * outside of a grammar's mask: then the next one that is not): with splitmix64's finaliser,
+ * mix(seed + position * 0x9e3779b97f4a7c15) >> 32, times n_text_ids, >> 32. */
+int32_t mock_token(const struct model_config *m, uint64_t seed, uint32_t position);
 
 #endif

@@ -36,6 +36,8 @@ struct engine {
 /* Copies base, sets ops and takes its memory, as a device's engine does (device.h). */
 MUST_CHECK enum err engine_cpu_create(const struct engine *base, struct kv_pool *pool,
                                       struct engine **ret);
+MUST_CHECK enum err engine_mock_create(const struct engine *base, struct kv_pool *pool,
+                                       struct engine **ret);
 /* Called between layers. */
 static inline void engine_progress(const struct engine *e)
 {

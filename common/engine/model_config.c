@@ -273,7 +273,7 @@ static enum err read_generation(const char *dir, struct model_config *m)
 /* Counts ids only: what they mean is the router's business. */
 static enum err read_tokenizer(const char *dir, struct model_config *m)
 {
-    m->n_token_ids = m->vocab;
+    m->n_token_ids = m->n_text_ids = m->vocab;
     char path[PATH_MAX];
     TRY(path_make(dir, "tokenizer.json", path));
     OWNED_MEM char *text = NULL;
@@ -285,14 +285,17 @@ static enum err read_tokenizer(const char *dir, struct model_config *m)
     m->tokenizer_hash = hash_bytes(0, text, n);
     json_t *root = NULL;
     TRY(parse(path, text, n, &root));
-    int64_t max = -1;
+    int64_t max = -1, added = INT64_MAX;
     const char *name;
     json_t *v, *vocab = json_object_get(json_object_get(root, "model"), "vocab");
     json_object_foreach (vocab, name, v)
         max = MAX(max, (int64_t)json_integer_value(v));
     size_t i;
-    json_array_foreach (json_object_get(root, "added_tokens"), i, v)
-        max = MAX(max, (int64_t)json_integer_value(json_object_get(v, "id")));
+    json_array_foreach (json_object_get(root, "added_tokens"), i, v) {
+        int64_t id = (int64_t)json_integer_value(json_object_get(v, "id"));
+        max = MAX(max, id);
+        added = MIN(added, id);
+    }
     json_decref(root);
     if (max < 0)
         return err_set(ERR_BAD_MODEL, "%s: no ids in model.vocab and added_tokens", path);
@@ -300,6 +303,7 @@ static enum err read_tokenizer(const char *dir, struct model_config *m)
         return err_set(ERR_BAD_MODEL, "%s: id %" PRId64 ", but vocab_size is %d", path, max,
                        m->vocab);
     m->n_token_ids = (int)max + 1;
+    m->n_text_ids = added > 0 && added <= max ? (int)added : m->n_token_ids;
     return ERR_OK;
 }
 

@@ -17,6 +17,7 @@ struct model_config {
     int vocab;       /* rows of embedding and head, the logits' width */
     int n_token_ids; /* ids the tokenizer knows, from tokenizer.json (else vocab): the embedding's
                         further rows are padding and are never drawn */
+    int n_text_ids;  /* ids below are text: the lowest added token's id (else n_token_ids) */
     int max_positions;
     float routed_scale, norm_eps, rope_theta;
     int32_t eos[MODEL_MAX_EOS];

@@ -15,7 +15,8 @@
 #include "common/engine/kv_transport.h"
 #include "common/engine/worker.h"
 
-#define CPU_TOKENS 32768 /* KV pool where nobody says how large */
+#define CPU_TOKENS  32768   /* KV pool where nobody says how large */
+#define MOCK_TOKENS 1048576 /* about what an H200 has left beside the weights */
 
 enum err setup_process(enum config_proc proc, const char *default_name, int argc, char **argv,
                        struct config *ret)
@@ -97,12 +98,25 @@ static enum err setup_weights(const struct config *c, struct device *device,
     return ERR_OK;
 }
 
+/* No weights, one layer of small pages, and a table of costs. */
+static enum err mock_model(const struct config *c, struct model_config *model, struct setup *s,
+                           struct weights **ret)
+{
+    s->mock = mock_costs_h100;
+    if (c->mock_costs[0])
+        TRY(mock_costs_load(c->mock_costs, &s->mock));
+    model->n_layers = 1;
+    log_info("load", "costs=%s a mock: tokens are made up and no weights are read",
+             c->mock_costs[0] ? c->mock_costs : "H100");
+    return weights_none(model, ret);
+}
+
 /* With auto, a GPU worker does without NCCL where there is none: workers of one host need it not.
  */
 static enum err load_nccl(const struct config *c)
 {
-    bool forced = !strcmp(c->kv_transport, "nccl");
-    if (!strcmp(c->device, "cpu") || (!forced && strcmp(c->kv_transport, "auto") != 0))
+    bool forced = !strcmp(c->kv_transport, "nccl"), is_gpu = !strncmp(c->device, "cuda:", 5);
+    if (!is_gpu || (!forced && strcmp(c->kv_transport, "auto") != 0))
         return ERR_OK;
     enum err err = device_load_nccl(c->kv_host);
     if (err != ERR_OK && !forced) {
@@ -122,10 +136,12 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
             "--mtp-draft-model-dir %s: the MTP layer is read from --model-dir (%s); leave "
             "the flag out or give the same directory",
             c->mtp_draft_model_dir, c->model_dir);
-    if (c->mtp_simulate_acceptance > 0 && strcmp(c->load_format, "dummy") != 0)
-        return err_set(ERR_INVALID, "--mtp-simulate-acceptance needs --load-format dummy: it makes "
-                                    "up what the model would say");
-    struct setup s = {0};
+    struct setup s = {.is_mock = !strcmp(c->device, "mock")};
+    if (c->mtp_simulate_acceptance > 0 && !s.is_mock && strcmp(c->load_format, "dummy") != 0)
+        return err_set(ERR_INVALID, "--mtp-simulate-acceptance needs --load-format dummy or "
+                                    "--device mock: it makes up what the model would say");
+    if (c->mock_costs[0] && !s.is_mock)
+        return err_set(ERR_INVALID, "--mock-costs %s is for --device mock", c->mock_costs);
     OWNED(device) device = NULL;
     OWNED(weights) w = NULL; // before the device, in the order of destruction
     struct model_config model;
@@ -133,7 +149,7 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
     TRY(load_nccl(c));
     TRY(device_open(c->device, &device));
     TRY(kv_transports_parse(c->kv_transport, device != NULL, &s.transports));
-    TRY(setup_weights(c, device, &model, &w));
+    TRY(s.is_mock ? mock_model(c, &model, &s, &w) : setup_weights(c, device, &model, &w));
     const struct model_config *m = &w->config;
     if (c->mtp_step > 0 && m->n_mtp_layers == 0)
         return err_set(ERR_INVALID, "--mtp-step %lld: the checkpoint has no MTP layer",
@@ -149,7 +165,7 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
         .n_layers = (uint32_t)m->n_layers,
         .n_mtp_layers = c->mtp_step > 0 ? (uint32_t)m->n_mtp_layers : 0,
         .page_tokens = KV_PAGE_TOKENS,
-        .kv_width = KV_WIDTH,
+        .kv_width = s.is_mock ? MOCK_KV_WIDTH : KV_WIDTH,
         .kv_dtype = device ? WIRE_BF16 : WIRE_F32,
         .vocab = (uint32_t)m->vocab,
         .hidden = (uint32_t)m->hidden,
@@ -191,10 +207,11 @@ enum err setup_pool(const struct config *c, const struct setup *s, const struct 
     };
     uint64_t page_bytes = (uint64_t)KV_PAGE_TOKENS * p.n_layers * p.kv_width * p.dtype_bytes;
     uint64_t engine_bytes = engine_device_bytes(engine, w), pages = 0;
-    if (c->max_total_token_num > 0 || !s->device)
-        pages = ((uint64_t)(c->max_total_token_num > 0 ? c->max_total_token_num : CPU_TOKENS) +
-                 KV_PAGE_TOKENS - 1) /
-                KV_PAGE_TOKENS;
+    uint64_t tokens = (uint64_t)c->max_total_token_num;
+    if (!tokens && !s->device)
+        tokens = s->is_mock ? MOCK_TOKENS : CPU_TOKENS;
+    if (tokens > 0)
+        pages = (tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
     else
         TRY(pages_that_fit(c, s->device, page_bytes, engine_bytes, &pages));
     if (s->device) {
@@ -218,6 +235,8 @@ enum err setup_pool(const struct config *c, const struct setup *s, const struct 
              p.n_pages, (uint64_t)p.n_pages * KV_PAGE_TOKENS, page_bytes, page_bytes * p.n_pages);
     return ERR_OK;
 }
+
+const struct mock_costs *setup_mock(const struct setup *s) { return s->is_mock ? &s->mock : NULL; }
 
 void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,
                  struct wire_hello *ret)

@@ -5,11 +5,14 @@
 #include "common/base/config.h"
 #include "common/base/wire.h"
 #include "common/engine/engine.h"
+#include "common/engine/mock_costs.h"
 
 struct setup {
     struct device *device; /* NULL: the CPU; the caller's to destroy */
     struct wire_fingerprint fingerprint;
     uint32_t transports;
+    bool is_mock;
+    struct mock_costs mock;    /* if is_mock */
     uint32_t max_total_tokens; /* longest sequence: the flag, the model's context */
 };
 
@@ -26,6 +29,8 @@ MUST_CHECK enum err setup_model(const struct config *c, struct weights **ret,
 MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s,
                                const struct weights *w, const struct engine_config *engine,
                                const char *shm_name, struct kv_pool **ret);
+/* For engine_config: NULL unless --device mock. */
+const struct mock_costs *setup_mock(const struct setup *s);
 void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,
                  struct wire_hello *ret);
 /* 2: a setting or the checkpoint is wrong, restarting will not help; 1: anything else. */

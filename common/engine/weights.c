@@ -259,6 +259,11 @@ enum err weights_bytes(const struct model_config *config, uint64_t *ret)
     return ERR_OK;
 }
 
+enum err weights_none(const struct model_config *config, struct weights **ret)
+{
+    return weights_create(config, ret);
+}
+
 static float uniform(uint64_t seed, uint64_t i) // in [-1, 1)
 {
     return (float)(int64_t)hash_mix(seed + (i + 1) * 0x9e3779b97f4a7c15u) * 0x1p-63f;

@@ -70,6 +70,8 @@ struct weights_source {
  * listed in one sentence: ERR_BAD_MODEL. With a share this may wait for another process to load. */
 MUST_CHECK enum err weights_open(const struct model_config *config, const struct weights_source *s,
                                  struct weights **ret);
+/* The model's shape without any weights: for an engine that does not compute. */
+MUST_CHECK enum err weights_none(const struct model_config *config, struct weights **ret);
 /* weights_open into host memory. */
 MUST_CHECK enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
                                  weights_progress_fn *progress, void *user, struct weights **ret);

@@ -103,7 +103,7 @@ static void words_are_checked_centrally(void)
     static const char *const devices[] = {"gpu", "cuda", "cuda:", "cuda:x", "cuda:1000", "cpu "};
     for (size_t i = 0; i < sizeof(devices) / sizeof(devices[0]); i++) {
         char want[96];
-        snprintf(want, sizeof(want), "--device is '%s', must be cpu or cuda:N", devices[i]);
+        snprintf(want, sizeof(want), "--device is '%s', must be cpu, mock or cuda:N", devices[i]);
         refused(CONFIG_DECODE, "--device", devices[i], want);
     }
     refused(CONFIG_DECODE, "--router-endpoint", "localhost:1",

@@ -1,0 +1,282 @@
+/* engine_mock_test.c: its costs, its tokens, and that it notices pages and states in wrong places.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+#include "common/base/clock.h"
+#include "common/engine/engine.h"
+#include "common/engine/mock_costs.h"
+#include "scratch.h"
+
+#define N_PAGES 8
+#define HIDDEN  16
+
+static const struct model_config model = {.hidden = HIDDEN,
+                                          .n_layers = 1,
+                                          .n_mtp_layers = 1,
+                                          .vocab = 96,
+                                          .n_token_ids = 90,
+                                          .n_text_ids = 64,
+                                          .eos = {70},
+                                          .n_eos = 1,
+                                          .max_positions = 1024};
+static const struct mock_costs no_time = {.decode = {1, {{1, 0}}},
+                                          .verify_row = {1, {{1, 0}}},
+                                          .draft = {1, {{1, 0}}},
+                                          .prefill_tokens_per_s = 1e9};
+
+struct bench {
+    struct weights *w;
+    struct kv_pool *pool;
+    struct engine *engine;
+};
+
+static struct bench bench_open(const struct mock_costs *costs, void (*progress)(void *))
+{
+    struct bench b = {0};
+    struct kv_pool_config p = {
+        .n_pages = N_PAGES, .n_layers = 2, .kv_width = MOCK_KV_WIDTH, .dtype_bytes = 4};
+    struct engine_config c = {.mock = costs,
+                              .max_rows = 128,
+                              .max_seqs = 4,
+                              .max_logits = 8,
+                              .max_imports = 2,
+                              .max_ctx = 512,
+                              .progress = progress};
+    CHECK_OK(weights_none(&model, &b.w));
+    CHECK_OK(kv_pool_create(&p, &b.pool));
+    CHECK_OK(engine_create(&c, b.w, b.pool, &b.engine));
+    REQUIRE(b.engine);
+    return b;
+}
+
+static void bench_close(struct bench *b)
+{
+    engine_destroy(b->engine);
+    kv_pool_destroy(b->pool);
+    weights_destroy(b->w);
+}
+
+/* n rows of one sequence that end at slot ctx, in two pages; logits of the last one. */
+static enum err pass(struct bench *b, int n, int ctx, const int32_t pages[2],
+                     const struct hidden_ref *hidden)
+{
+    int32_t token[128] = {0}, position[128], start[2] = {0, n}, last = n - 1, id;
+    for (int i = 0; i < n; i++)
+        position[i] = ctx - n + i;
+    struct batch batch = {.n_rows = n,
+                          .n_seqs = 1,
+                          .n_logits = 1,
+                          .max_pages = 2,
+                          .token = token,
+                          .position = position,
+                          .seq_start = start,
+                          .ctx_len = &ctx,
+                          .block_table = pages,
+                          .logit_row = &last};
+    return hidden ? engine_draft(b->engine, &batch, hidden, &id)
+                  : engine_forward(b->engine, &batch);
+}
+
+static void costs_follow_the_table(void)
+{
+    const struct mock_costs *c = &mock_costs_h100;
+    CHECK_NEAR(mock_costs_step_ms(c, 1, 1), 4.5, 1e-9);
+    CHECK_NEAR(mock_costs_step_ms(c, 512, 512), 33.5, 1e-9);
+    CHECK_NEAR(mock_costs_step_ms(c, 96, 96), (20.5 + 22.9) / 2, 1e-9);
+    CHECK_NEAR(mock_costs_step_ms(c, 768, 768), 33.5 + 7.3, 1e-9);
+    CHECK_NEAR(mock_costs_step_ms(c, 64, 192) + 2 * mock_costs_draft_ms(c, 64), 25.4, 0.01);
+    CHECK_NEAR(mock_costs_step_ms(c, 256, 768) + 2 * mock_costs_draft_ms(c, 256), 34.9, 0.05);
+    CHECK_NEAR(mock_costs_chunk_ms(c, 100), 20, 1e-9);
+    CHECK_NEAR(mock_costs_chunk_ms(c, 6600), 100, 1e-9);
+}
+
+/* text becomes the content of *ret's file. */
+static enum err costs_of(const struct scratch *s, const char *text, struct mock_costs *ret)
+{
+    scratch_text(s, "costs.json", text);
+    return mock_costs_load(scratch_path(s, "costs.json"), ret);
+}
+
+static void costs_come_from_a_file(void)
+{
+    struct scratch s = scratch_open();
+    struct mock_costs c;
+    CHECK_OK(costs_of(&s, "{\"decode_ms\": [[1, 2], [3, 6]], \"prefill_chunk_ms\": 7}", &c));
+    CHECK_NEAR(mock_costs_step_ms(&c, 2, 2), 4, 1e-9);
+    CHECK_NEAR(mock_costs_chunk_ms(&c, 1), 7, 1e-9);
+    CHECK_NEAR(mock_costs_draft_ms(&c, 512), 1.48, 1e-9);
+    static const struct {
+        const char *text, *names;
+    } bad[] = {
+        {"[]", "not an object"},
+        {"{\"decode\": []}", "unknown member decode"},
+        {"{\"decode_ms\": []}", "decode_ms"},
+        {"{\"decode_ms\": 5}", "decode_ms"},
+        {"{\"draft_ms\": [[1, 2, 3]]}", "draft_ms[0]"},
+        {"{\"draft_ms\": [[1, \"2\"]]}", "draft_ms[0]"},
+        {"{\"draft_ms\": [[2, 1], [2, 1]]}", "draft_ms[1]: batch 2 does not ascend"},
+        {"{\"draft_ms\": [[1, -1]]}", "draft_ms[0]"},
+        {"{\"verify_row_ms\": [[0, 1]]}", "verify_row_ms[0]"},
+        {"{\"prefill_tokens_per_s\": 0}", "prefill_tokens_per_s"},
+    };
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        char want[128];
+        snprintf(want, sizeof(want), "costs.json: %s", bad[i].names);
+        CHECK_REFUSED(costs_of(&s, bad[i].text, &c), ERR_INVALID, want);
+    }
+    scratch_close(&s);
+    CHECK_INT(mock_costs_load("/nonexistent.json", &c), ERR_NOT_FOUND);
+}
+
+static int32_t drawn(struct bench *b, const struct sample_row *row)
+{
+    int32_t idx = 0, id = -1, top_id[2];
+    float logprob = 1, top[2];
+    CHECK_OK(engine_sample(b->engine, 1, &idx, row, 2, &id, &logprob, top_id, top));
+    if (row->n_logprobs == 2) {
+        CHECK_INT(top_id[0], id);
+        CHECK_NEAR(top[0], logprob, 0);
+        CHECK(top[1] < top[0] && top_id[1] != id);
+    }
+    return id;
+}
+
+static void tokens_are_a_function_of_seed_and_position(void)
+{
+    struct bench b = bench_open(&no_time, NULL);
+    const int32_t pages[2] = {3, 1};
+    CHECK_OK(pass(&b, 1, 1, pages, NULL));
+    struct sample_row row = {.seed = 7, .position = 2, .n_logprobs = 2};
+    int n_seen = 0;
+    bool seen[96] = {false};
+    for (row.position = 0; row.position < 1000; row.position++) {
+        int32_t id = drawn(&b, &row);
+        CHECK_INT(id, mock_token(&model, 7, (uint32_t)row.position));
+        REQUIRE(id >= 0 && id < model.n_text_ids);
+        n_seen += !seen[id];
+        seen[id] = true;
+    }
+    CHECK_INT(n_seen, model.n_text_ids);
+    CHECK_INT(mock_token(&(struct model_config){.n_text_ids = 3000}, 7, 13), 2754);
+    CHECK_INT(mock_token(&(struct model_config){.n_text_ids = 151329}, 123456789012345, 70000),
+              7711);
+    CHECK(mock_token(&model, 7, 1) != mock_token(&model, 8, 1) ||
+          mock_token(&model, 7, 2) != mock_token(&model, 8, 2));
+
+    row.position = 5;
+    int32_t free_id = drawn(&b, &row);
+    row.banned = &free_id;
+    row.n_banned = 1;
+    CHECK_INT(drawn(&b, &row), free_id + 1);
+    uint32_t mask[3] = {0, 0, 1u << (70 - 64) | 1u << (71 - 64)};
+    row.allowed = mask;
+    CHECK_INT(drawn(&b, &row), 71);
+    mask[2] = 1u << (70 - 64); // nothing but the end fits
+    CHECK_INT(drawn(&b, &row), 70);
+    bench_close(&b);
+}
+
+static void pages_in_wrong_places_are_noticed(void)
+{
+    struct bench b = bench_open(&no_time, NULL);
+    const int32_t pages[2] = {3, 1}, swapped[2] = {1, 3}, other[2] = {3, 2};
+    CHECK_OK(pass(&b, 70, 70, pages, NULL));
+    CHECK_OK(pass(&b, 2, 72, pages, NULL));
+    CHECK_OK(pass(&b, 2, 71, pages, NULL)); // a rejected draft's slot is written again
+    CHECK_INT(pass(&b, 1, 72, swapped, NULL), ERR_INTERNAL);
+    CHECK_INT(pass(&b, 1, 72, other, NULL), ERR_INTERNAL);
+    CHECK(strstr(err_text(ERR_INTERNAL), "slot 64") != NULL);
+    CHECK_INT(pass(&b, 1, 76, pages, NULL), ERR_INTERNAL);
+    CHECK_OK(pass(&b, 1, 72, pages, NULL));
+    bench_close(&b);
+}
+
+static void hidden_states_belong_to_slots(void)
+{
+    struct bench b = bench_open(&no_time, NULL);
+    const int32_t pages[2] = {0, 1};
+    float hidden[HIDDEN];
+    struct hidden_ref main_rows[3] = {{HIDDEN_MAIN, 0}, {HIDDEN_MAIN, 1}, {HIDDEN_MAIN, 2}};
+    CHECK_OK(pass(&b, 3, 3, pages, NULL));
+    CHECK_OK(engine_export_hidden(b.engine, 2, hidden));
+    CHECK_OK(pass(&b, 2, 2, pages, main_rows));
+    CHECK_OK(engine_import_hidden(b.engine, 1, hidden));
+    CHECK_OK(pass(&b, 1, 3, pages, &(struct hidden_ref){HIDDEN_IMPORT, 1}));
+    CHECK_OK(pass(&b, 1, 4, pages, &(struct hidden_ref){HIDDEN_DRAFT, 0}));
+    CHECK_INT(pass(&b, 1, 4, pages, &(struct hidden_ref){HIDDEN_DRAFT, 0}), ERR_INTERNAL);
+    CHECK_INT(pass(&b, 1, 2, pages, &(struct hidden_ref){HIDDEN_IMPORT, 1}), ERR_INTERNAL);
+    CHECK_INT(pass(&b, 1, 3, pages, &main_rows[1]), ERR_INTERNAL);
+    hidden[HIDDEN - 1] += 1;
+    CHECK_INT(engine_import_hidden(b.engine, 1, hidden), ERR_INTERNAL);
+    hidden[0] = NAN;
+    CHECK_INT(engine_import_hidden(b.engine, 1, hidden), ERR_INTERNAL);
+    bench_close(&b);
+}
+
+static uint64_t stall_us;
+
+static void stall(void *user)
+{
+    (void)user;
+    for (uint64_t end = clock_now_us() + stall_us; clock_now_us() < end;)
+        ;
+}
+
+static uint64_t step_us(struct bench *b, int ctx)
+{
+    const int32_t pages[2] = {0, 1};
+    uint64_t start = clock_now_us();
+    CHECK_OK(pass(b, 1, ctx, pages, NULL));
+    return clock_now_us() - start;
+}
+
+static void steps_take_their_time(void)
+{
+    struct mock_costs costs = no_time;
+    costs.decode.at[0].ms = 20;
+    struct bench b = bench_open(&costs, stall);
+    uint64_t start = clock_now_us();
+    stall_us = 0;
+    for (int i = 0; i < 5; i++)
+        step_us(&b, i + 1);
+    CHECK(clock_now_us() - start >= 5 * 20000);
+    // A step that overslept makes the next one shorter. A busy machine may hide that now and then.
+    uint64_t shortest = UINT64_MAX;
+    for (int i = 0; i < 10 && shortest >= 20000; i++) {
+        stall_us = 15000;
+        step_us(&b, 6 + 2 * i);
+        stall_us = 0;
+        shortest = MIN(shortest, step_us(&b, 7 + 2 * i));
+    }
+    CHECK(shortest < 20000);
+    bench_close(&b);
+}
+
+static void a_mock_needs_its_own_pages(void)
+{
+    struct weights *w = NULL;
+    struct kv_pool *pool = NULL;
+    struct engine *e = NULL;
+    struct kv_pool_config p = {.n_pages = 1, .n_layers = 2, .kv_width = KV_WIDTH, .dtype_bytes = 4};
+    struct engine_config c = {
+        .mock = &no_time, .max_rows = 1, .max_seqs = 1, .max_logits = 1, .max_ctx = 1};
+    CHECK_OK(weights_none(&model, &w));
+    CHECK_OK(kv_pool_create(&p, &pool));
+    CHECK_INT(engine_create(&c, w, pool, &e), ERR_INVALID);
+    kv_pool_destroy(pool);
+    weights_destroy(w);
+}
+
+int main(void)
+{
+    RUN(costs_follow_the_table);
+    RUN(costs_come_from_a_file);
+    RUN(tokens_are_a_function_of_seed_and_position);
+    RUN(pages_in_wrong_places_are_noticed);
+    RUN(hidden_states_belong_to_slots);
+    RUN(steps_take_their_time);
+    RUN(a_mock_needs_its_own_pages);
+    return check_done();
+}
