@@ -1971,8 +1971,8 @@ static void grammars(void)
          "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
         {CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}",
          "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"object\"}}"},
-        {CHAT, "{\"tool_choice\":\"required\"," TWO_TOOLS("null") CALM HI "}",
-         "{\"reasoning\":false,\"one_call\":false,\"tools\":[" F "," G "]}"},
+        {CHAT, "{\"tool_choice\":\"required\"," TWO_TOOLS("null") HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"tools\":[" F "," G "]}"},
         {CHAT,
          "{\"tool_choice\":\"required\",\"parallel_tool_calls\":false," FORMAT TWO_TOOLS("true") HI
          "}",
