@@ -1956,12 +1956,10 @@ static void grammars(void)
     "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":"         \
     "\"null\"}}},"
 #define CALM "\"reasoning_effort\":\"none\","
-#define TWO_TOOLS(strict)                                                                          \
+#define ONE_TOOL(strict, parameters)                                                               \
     "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"strict\":" strict            \
-    ",\"parameters\":{\"type\":\"object\"}}},"                                                     \
-    "{\"type\":\"function\",\"function\":{\"name\":\"g\",\"parameters\":{\"not\":{}}}}],"
-#define F "{\"name\":\"f\",\"parameters\":{\"type\":\"object\"}}"
-#define G "{\"name\":\"g\",\"parameters\":true}"
+    ",\"parameters\":" parameters "}}],"
+#define F "\"tools\":[{\"name\":\"f\",\"parameters\":{\"type\":\"object\"}}]"
     static const struct {
         const char *path, *body, *grammar;
     } cases[] = {
@@ -1971,23 +1969,23 @@ static void grammars(void)
          "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
         {CHAT, "{\"response_format\":{\"type\":\"json_object\"}," HI "}",
          "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"object\"}}"},
-        {CHAT, "{\"tool_choice\":\"required\"," TWO_TOOLS("null") HI "}",
-         "{\"reasoning\":true,\"one_call\":false,\"tools\":[" F "," G "]}"},
+        {CHAT, "{\"tool_choice\":\"required\"," F_TOOL CALM HI "}",
+         "{\"reasoning\":false,\"one_call\":false,\"tools\":[{\"name\":\"f\"}]}"},
+        {CHAT, "{\"tool_choice\":\"required\"," ONE_TOOL("null", "{\"not\":{}}") HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"tools\":[{\"name\":\"f\",\"parameters\":true}]"
+         "}"},
+        {CHAT, "{\"tool_choice\":\"required\",\"parallel_tool_calls\":false," FORMAT F_TOOL HI "}",
+         "{\"reasoning\":true,\"one_call\":true,\"tools\":[{\"name\":\"f\"}]}"},
         {CHAT,
-         "{\"tool_choice\":\"required\",\"parallel_tool_calls\":false," FORMAT TWO_TOOLS("true") HI
-         "}",
-         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" F "," G "]}"},
-        {CHAT,
-         "{\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"g\"}}," TWO_TOOLS(
-             "false") HI "}",
-         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" G "]}"},
-        {CHAT, "{" TWO_TOOLS("true") HI "}",
-         "{\"reasoning\":true,\"one_call\":false,\"tools\":[" F "," G "],\"free\":true}"},
-        {CHAT, "{\"tool_choice\":\"none\"," FORMAT TWO_TOOLS("true") HI "}",
+         "{\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"f\"}}," F_TOOL HI "}",
+         "{\"reasoning\":true,\"one_call\":true,\"tools\":[{\"name\":\"f\"}]}"},
+        {CHAT, "{" ONE_TOOL("true", "{\"type\":\"object\"}") HI "}",
+         "{\"reasoning\":true,\"one_call\":false," F ",\"free\":true}"},
+        {CHAT, "{\"tool_choice\":\"none\"," FORMAT ONE_TOOL("true", "{}") HI "}",
          "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"null\"}}"},
-        {CHAT, "{" FORMAT TWO_TOOLS("null") HI "}",
-         "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"null\"},\"tools\":[" F "," G
-         "]}"},
+        {CHAT, "{" FORMAT F_TOOL HI "}",
+         "{\"reasoning\":true,\"one_call\":false,\"schema\":{\"type\":\"null\"},\"tools\":[{"
+         "\"name\":\"f\"}]}"},
         {"/v1/completions", "{\"response_format\":{\"type\":\"json_object\"},\"prompt\":\"x\"}",
          "{\"reasoning\":false,\"one_call\":false,\"schema\":{\"type\":\"object\"}}"},
         {"/v1/responses",
@@ -1998,12 +1996,12 @@ static void grammars(void)
          "{\"tool_choice\":{\"type\":\"function\",\"name\":\"f\"},\"input\":\"x\",\"tools\":[{"
          "\"type\":\"function\","
          "\"name\":\"f\",\"strict\":true,\"parameters\":{\"type\":\"object\"}}]}",
-         "{\"reasoning\":true,\"one_call\":true,\"tools\":[" F "]}"},
+         "{\"reasoning\":true,\"one_call\":true," F "}"},
         {"/v1/messages",
          "{\"max_tokens\":9,\"tool_choice\":{\"type\":\"any\"},\"messages\":[{\"role\":\"user\","
          "\"content\":\"x\"}],"
          "\"tools\":[{\"name\":\"f\",\"input_schema\":{\"type\":\"object\"}}]}",
-         "{\"reasoning\":false,\"one_call\":false,\"tools\":[" F "]}"},
+         "{\"reasoning\":false,\"one_call\":false," F "}"},
         {"/v1/messages",
          "{\"max_tokens\":9,\"output_config\":{\"format\":{\"type\":\"json_schema\",\"schema\":{"
          "\"type\":\"null\"}}},"
