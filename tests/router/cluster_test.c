@@ -43,6 +43,7 @@ struct seen {
     int32_t last_id;
     int32_t bias_id; // the last one
     float bias_value;
+    char grammar[32];
 };
 
 struct fake {
@@ -123,6 +124,8 @@ static void on_fake(void *user, enum link_event event, const struct wire_msg *m,
             s->bias_id = ((const int32_t *)m->tail)[at - 1];
             s->bias_value = ((const float *)m->tail)[at + s->submit.n_bias - 1];
         }
+        snprintf(s->grammar, sizeof(s->grammar), "%.*s", (int)s->submit.n_grammar,
+                 (const char *)m->tail + m->tail_bytes - s->submit.n_grammar);
         break;
     }
     default:
@@ -783,6 +786,31 @@ static void bias_goes_to_both_and_to_every_attempt(void)
     tear_down();
 }
 
+/* With the ids of what was said, so that the decode worker finds its place in it. */
+static void a_grammar_goes_to_both_and_to_every_attempt(void)
+{
+    set_up_with(1);
+    struct client c = {0};
+    struct gen_params p = params_of(9);
+    p.grammar = "{\"schema\":{}}";
+    p.n_grammar = strlen(p.grammar);
+    CHECK_OK(client_try(&c, &p));
+    UNTIL(find_seen(p0, WIRE_SUBMIT, c.id, 0) && find_seen(d0, WIRE_SUBMIT, c.id, 0));
+    fake_tokens(p0, c.id, 0, 0, 1, WIRE_RUNNING);
+    fake_failed(d0, c.id, 0, ERR_PREEMPTED);
+    UNTIL(find_seen(p0, WIRE_SUBMIT, c.id, 1) && find_seen(d0, WIRE_SUBMIT, c.id, 1));
+    for (uint32_t attempt = 0; attempt < 2; attempt++)
+        for (int i = 0; i < 2; i++) {
+            const struct seen *s = find_seen(i ? d0 : p0, WIRE_SUBMIT, c.id, attempt);
+            CHECK_INT(s->submit.n_ids, 5 + (int)s->submit.n_emitted);
+            CHECK_STR(s->grammar, p.grammar);
+        }
+    gen_cancel(c.gen);
+    p.n_grammar = WIRE_MAX_GRAMMAR + 1;
+    CHECK_INT(client_try(&c, &p), ERR_TOO_LARGE);
+    tear_down();
+}
+
 static void old_epochs_are_dropped(void)
 {
     set_up_with(1);
@@ -982,6 +1010,7 @@ int main(void)
     RUN(stop_strings_end_the_stream);
     RUN(the_last_token_needs_no_handoff);
     RUN(bias_goes_to_both_and_to_every_attempt);
+    RUN(a_grammar_goes_to_both_and_to_every_attempt);
     RUN(old_epochs_are_dropped);
     RUN(deadlines_hold);
     RUN(the_queue_is_bounded);
