@@ -252,97 +252,60 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define R4(a, b, c, e) "%" #a ", %" #b ", %" #c ", %" #e
+#define R16_0  R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7) ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
+#define R16_1  R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23) ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
+#define R16_2  R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
+#define R16_3  R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55) ", " R4(56, 57, 58, 59) ", " R4(60, 61, 62, 63)
+#define R16_4  R4(64, 65, 66, 67) ", " R4(68, 69, 70, 71) ", " R4(72, 73, 74, 75) ", " R4(76, 77, 78, 79)
+#define R16_5  R4(80, 81, 82, 83) ", " R4(84, 85, 86, 87) ", " R4(88, 89, 90, 91) ", " R4(92, 93, 94, 95)
+#define R16_01 R16_0 ", " R16_1
+#define R16_03 R16_01 ", " R16_2 ", " R16_3
 
-template <>
-__device__ __forceinline__ void wgmma<8>(float (&d)[4], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %6, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3"
-                 "}, %4, %5, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D4(0)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
+/* N columns: sums %0 .. in registers SUMS, then a, b, accumulate as operands A, B, P. */
+#define WGMMA(N, SUMS, A, B, P, ...)                                                               \
+    template <>                                                                                    \
+    __device__ __forceinline__ void wgmma<N>(float (&d)[N / 2], uint64_t a, uint64_t b,            \
+                                             int accumulate)                                       \
+    {                                                                                              \
+        asm volatile("{\n"                                                                         \
+                     ".reg .pred p;\n"                                                             \
+                     "setp.ne.b32 p, %" #P ", 0;\n"                                                \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS             \
+                     "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n"                                       \
+                     "}\n"                                                                         \
+                     : __VA_ARGS__                                                                 \
+                     : "l"(a), "l"(b), "r"(accumulate));                                           \
+    }
 
-template <>
-__device__ __forceinline__ void wgmma<16>(float (&d)[8], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %10, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7"
-                 "}, %8, %9, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D8(0)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
+WGMMA(8, R4(0, 1, 2, 3), 4, 5, 6, D4(0))
+WGMMA(16, R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7), 8, 9, 10, D8(0))
+WGMMA(32, R16_0, 16, 17, 18, D16(0))
+WGMMA(64, R16_01, 32, 33, 34, D16(0), D16(16))
+WGMMA(96, R16_01 ", " R16_2, 48, 49, 50, D16(0), D16(16), D16(32))
+WGMMA(112, R16_01 ", " R16_2 ", " R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55), 56, 57, 58, D16(0),
+      D16(16), D16(32), D8(48))
+WGMMA(128, R16_03, 64, 65, 66, D16(0), D16(16), D16(32), D16(48))
+WGMMA(144, R16_03 ", " R4(64, 65, 66, 67) ", " R4(68, 69, 70, 71), 72, 73, 74, D16(0), D16(16),
+      D16(32), D16(48), D8(64))
+WGMMA(160, R16_03 ", " R16_4, 80, 81, 82, D16(0), D16(16), D16(32), D16(48), D16(64))
+WGMMA(176, R16_03 ", " R16_4 ", " R4(80, 81, 82, 83) ", " R4(84, 85, 86, 87), 88, 89, 90, D16(0),
+      D16(16), D16(32), D16(48), D16(64), D8(80))
+WGMMA(192, R16_03 ", " R16_4 ", " R16_5, 96, 97, 98, D16(0), D16(16), D16(32), D16(48), D16(64),
+      D16(80))
 
-template <>
-__device__ __forceinline__ void wgmma<32>(float (&d)[16], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-                 "}, %16, %17, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D8(0), D8(8)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<64>(float (&d)[32], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, %32, %33, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D8(0), D8(8), D8(16), D8(24)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<96>(float (&d)[48], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %50, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-                 "}, %48, %49, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<128>(float (&d)[64], uint64_t a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, p, 1, 1, 0, 0;\n"
-                 "}\n"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
-                 : "l"(a), "l"(b), "r"(accumulate));
-}
-
+#undef WGMMA
+#undef R4
+#undef R16_0
+#undef R16_1
+#undef R16_2
+#undef R16_3
+#undef R16_4
+#undef R16_5
+#undef R16_01
+#undef R16_03
+#undef D16
 #undef D4
 #undef D8
 

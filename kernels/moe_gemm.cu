@@ -18,8 +18,11 @@
  * weights before gate_up's results are there.
  *
  * Two shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
- * in flight: bound by memory; each weight is read from it once. Wide: tiles of 128 tokens by 256
- * weight rows, two consumer warpgroups, four stages: bound by the tensor cores.
+ * in flight: bound by memory; each weight is read from it once. Wide: tiles of up to 192 tokens by
+ * 256 weight rows, two consumer warpgroups, three stages: bound by the tensor cores. Tiles of
+ * 128 x 256 read 48 KB from L2 for each 1024 cycles of product and keep shared memory busy for 1150,
+ * those of 192 x 256 read 56 KB for 1536 and take 1470. An expert's tokens are cut evenly in steps of 16, so that little of a product is for
+ * nobody.
  *
  * Measured on an H100 80GB (read ceiling 3.09 TB/s) by kernels_bench moe, microseconds of gate_up and
  * down at the real shapes (2048 x 1536, 64 + 1 experts, top 4):
@@ -40,12 +43,20 @@ using namespace hopper;
 #define PER_LANE    ((MAX_EXPERTS + 1) / 32)
 #define TILE_K      64  /* columns of K per stage: 128 bytes, one swizzled row */
 #define SET_BYTES   (64 * TILE_K * 2)
+#define WIDE        192 /* tokens of a wide tile at most, */
+#define WIDE_STEP   16  /* and cut to multiples of this */
+#define WIDE_MIN    96  /* the shared expert's are not cut smaller than this */
+#define WIDE_AHEAD  11  /* cuts of an expert that go through all weights before the next ones */
 
 enum x_source {
     X_ROWS,   // row of a slot is its own: contiguous, eight a copy
-    X_BOX,    // likewise, the whole tile in one copy, rows of the next expert included
+    X_BOX,    // likewise, 32 a copy, rows of the next expert included
     X_GATHER, // slot_token says which row; one a copy
 };
+
+/* Rows per copy. */
+template <enum x_source SOURCE>
+constexpr int x_box = SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? 32 : 8;
 
 /* From here on tokens are gathered into slot order first: one row a copy costs more than that. */
 #define GATHER_FROM 64
@@ -61,6 +72,7 @@ struct experts {
     cu_bf16 *out;      // [slots, n_out]
     int n_experts;     // with the shared one
     int n_out;         // outputs per row
+    int per_cut;       // tiles that share tokens
     int w_rows;        // weight rows per expert
     int K;
     int second_row;    // weight rows from a tile's first set to its second (down), 0: other tensor
@@ -89,8 +101,10 @@ struct tile {
     int expert, row, n_rows, m; // m: which weight rows
 };
 
-/* Tiles of an expert are adjacent, those that share weights first. */
-static __device__ bool tile_find(const struct tail *s, int n_experts, int max_rows, int idx,
+/* Tiles of an expert are adjacent, those that share weights first. Narrow tiles are cut to full
+ * ones and a rest, wide ones to equal parts in steps of WIDE_STEP. */
+template <int TOKENS>
+static __device__ bool tile_find(const struct tail *s, int n_experts, int per_cut, int idx,
                                  struct tile *t)
 {
     if (idx >= s->tile[n_experts])
@@ -107,22 +121,35 @@ static __device__ bool tile_find(const struct tail *s, int n_experts, int max_ro
         }
     }
     int first = s->start[t->expert], rows = s->start[t->expert + 1] - first;
-    int cuts = (rows + max_rows - 1) / max_rows, i = idx - s->tile[t->expert];
-    t->m = i / cuts;
-    int cut = i - t->m * cuts;
-    t->row = first + cut * max_rows;
-    t->n_rows = min(rows - cut * max_rows, max_rows);
+    int i = idx - s->tile[t->expert];
+    if (TOKENS < WIDE) {
+        int cuts = (rows + TOKENS - 1) / TOKENS;
+        t->m = i / cuts;
+        int cut = i - t->m * cuts;
+        t->row = first + cut * TOKENS;
+        t->n_rows = min(rows - cut * TOKENS, TOKENS);
+    } else {
+        int cuts = (s->tile[t->expert + 1] - s->tile[t->expert]) / per_cut;
+        int before = i / (WIDE_AHEAD * per_cut) * WIDE_AHEAD, n = min(cuts - before, WIDE_AHEAD);
+        i -= before * per_cut;
+        t->m = i / n;
+        int cut = before + i - t->m * n, steps = (rows + WIDE_STEP - 1) / WIDE_STEP;
+        int begin = steps * cut / cuts * WIDE_STEP, end = steps * (cut + 1) / cuts * WIDE_STEP;
+        t->row = first + begin;
+        t->n_rows = min(rows, end) - begin;
+    }
     return true;
 }
 
 /* One warp: the first tile of each expert, from their first slots. */
-static __device__ void tiles_count(struct tail *s, int n_experts, int max_rows, int per_cut)
+template <int TOKENS>
+static __device__ void tiles_count(struct tail *s, int n_experts, int per_cut)
 {
     int lane = threadIdx.x & 31, first = lane * PER_LANE, sum = 0, n[PER_LANE];
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int e = first + i;
-        n[i] = e < n_experts ? (s->start[e + 1] - s->start[e] + max_rows - 1) / max_rows * per_cut : 0;
+        n[i] = e < n_experts ? (s->start[e + 1] - s->start[e] + TOKENS - 1) / TOKENS * per_cut : 0;
         sum += n[i];
     }
     int before = sum;
@@ -136,6 +163,14 @@ static __device__ void tiles_count(struct tail *s, int n_experts, int max_rows, 
         if (first + i <= n_experts)
             s->tile[first + i] = before;
         before += n[i];
+    }
+    __syncwarp();
+    if (TOKENS == WIDE && lane == 0) {
+        // The shared expert's tiles come last: smaller ones, so that no block idles in the last round
+        int shared = s->tile[n_experts - 1], all = s->tile[n_experts], grid = gridDim.x;
+        int rows = s->start[n_experts] - s->start[n_experts - 1];
+        int cuts = ((all + grid - 1) / grid * grid - shared) / per_cut;
+        s->tile[n_experts] = max(all, shared + min(cuts, rows / WIDE_MIN) * per_cut);
     }
 }
 
@@ -246,7 +281,8 @@ static __device__ void consume(struct ring r, uint32_t out, const struct tail *s
     int group = threadIdx.x / 128;
     out += group * TOKENS * 128;
     struct tile t = {};
-    for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
+    for (int idx = blockIdx.x; tile_find<TOKENS>(s, a->n_experts, a->per_cut, idx, &t);
+         idx += gridDim.x) {
         if (TOKENS == 64) {
             if (t.n_rows <= 8)
                 tile_compute<8, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
@@ -257,12 +293,37 @@ static __device__ void consume(struct ring r, uint32_t out, const struct tail *s
             else
                 tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
         } else {
-            if (t.n_rows <= 32)
+            switch ((t.n_rows + WIDE_STEP - 1) / WIDE_STEP) {
+            case 1:
+            case 2:
                 tile_compute<32, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
-            else if (t.n_rows <= 64)
+                break;
+            case 3:
+            case 4:
                 tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
-            else
+                break;
+            case 5:
+            case 6:
+                tile_compute<96, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            case 7:
+                tile_compute<112, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            case 8:
+                tile_compute<128, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            case 9:
+                tile_compute<144, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            case 10:
+                tile_compute<160, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            case 11:
+                tile_compute<176, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                break;
+            default:
                 tile_compute<TOKENS, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+            }
         }
     }
 }
@@ -292,12 +353,14 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
                                const CUtensorMap *w0, const CUtensorMap *w1, const CUtensorMap *x)
 {
     using S = shape<TOKENS, GROUPS>;
+    constexpr int BOX = x_box<SOURCE>;
     int lane = threadIdx.x & 31, n_steps = a->K / TILE_K;
     uint64_t once = policy_evict_first();
     r.parity = 1; // a fresh stage is empty
     struct tile t = {};
     bool is_first = true;
-    for (int idx = blockIdx.x; tile_find(s, a->n_experts, TOKENS, idx, &t); idx += gridDim.x) {
+    for (int idx = blockIdx.x; tile_find<TOKENS>(s, a->n_experts, a->per_cut, idx, &t);
+         idx += gridDim.x) {
         int w_row = t.expert * a->w_rows + t.m * GROUPS * (a->second_row ? 128 : 64);
         int token[TOKENS / 32];
         if (SOURCE == X_GATHER) {
@@ -305,8 +368,7 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
             for (int i = 0; i < TOKENS / 32; i++)
                 token[i] = lane + 32 * i < t.n_rows ? a->slot_token[t.row + lane + 32 * i] : -1;
         }
-        int x_rows = SOURCE == X_GATHER ? t.n_rows : SOURCE == X_BOX ? TOKENS : (t.n_rows + 7) & ~7;
-        int x_bytes = x_rows * TILE_K * 2;
+        int x_rows = (t.n_rows + BOX - 1) / BOX * BOX, x_bytes = x_rows * TILE_K * 2;
         int n_early = 0; // stages whose weights are on their way already
         if (is_first) {
             n_early = min(n_steps, S::N_STAGES);
@@ -330,11 +392,8 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
                 for (int i = 0; i < TOKENS / 32; i++)
                     if (token[i] >= 0)
                         tma_load_2d(at + (lane + 32 * i) * 128, x, bar, step * TILE_K, token[i]);
-            } else if (SOURCE == X_BOX) {
-                if (lane == 0)
-                    tma_load_2d(at, x, bar, step * TILE_K, t.row);
-            } else if (lane * 8 < t.n_rows) {
-                tma_load_2d(at + lane * 1024, x, bar, step * TILE_K, t.row + lane * 8);
+            } else if (lane * BOX < t.n_rows) {
+                tma_load_2d(at + lane * BOX * 128, x, bar, step * TILE_K, t.row + lane * BOX);
             }
             ring_step<S::N_STAGES>(&r);
         }
@@ -386,7 +445,7 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
         s->start[i] = a.expert_start[i];
     __syncthreads();
     if (warp == 0)
-        tiles_count(s, a.n_experts, TOKENS, a.n_out / (GROUPS * (SWIGLU ? 64 : 128)));
+        tiles_count<TOKENS>(s, a.n_experts, a.per_cut);
     __syncthreads();
     if (threadIdx.x == 0)
         launch::next_may_start();
@@ -422,8 +481,7 @@ static cudaError_t launch_experts(const struct experts *a, const cu_bf16 *first,
     uint64_t w_rows = (uint64_t)a->n_experts * a->w_rows;
     if (!tensor_map_2d(&w0, first, w_rows, a->K, a->K, GROUPS * 64) ||
         !tensor_map_2d(&w1, second, w_rows, a->K, a->K, GROUPS * 64) ||
-        !tensor_map_2d(&xs, x, x_rows, a->K, a->K,
-                       SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? TOKENS : 8))
+        !tensor_map_2d(&xs, x, x_rows, a->K, a->K, x_box<SOURCE>))
         return cudaErrorInvalidValue;
     return launch::start(kernel, n_sm, S::THREADS, smem, 1, stream, w0, w1, xs, *a);
 }
@@ -452,7 +510,14 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
 {
     if (!is_done_here(a))
         return cudaErrorInvalidValue;
-    struct experts g = {a->expert_start, a->slot_token, a->h, a->E + 1, a->F, a->F, a->H, 0, {}, 0};
+    struct experts g = {.expert_start = a->expert_start,
+                        .slot_token = a->slot_token,
+                        .out = a->h,
+                        .n_experts = a->E + 1,
+                        .n_out = a->F,
+                        .per_cut = a->F / (is_wide(a) ? 128 : 64),
+                        .w_rows = a->F,
+                        .K = a->H};
     int64_t shared = (int64_t)a->E * a->F * a->H;
     if (a->T <= AHEAD_UP_TO) {
         g.ahead[0] = a->gate + shared;
@@ -468,7 +533,7 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
     cudaError_t err = cudaGetLastError();
     if (err)
         return err;
-    return is_wide(a) ? launch_experts<128, 2, X_BOX, true>(&g, a->gate, a->up, a->y, n_slots, stream)
+    return is_wide(a) ? launch_experts<WIDE, 2, X_BOX, true>(&g, a->gate, a->up, a->y, n_slots, stream)
                       : launch_experts<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
 }
 
@@ -477,10 +542,17 @@ cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
     if (!is_done_here(a))
         return cudaErrorInvalidValue;
     bool wide = is_wide(a);
-    struct experts d = {a->expert_start, a->slot_token, a->y, a->E + 1, a->H,
-                        a->H,            a->F,          wide ? 128 : 64, {}, 0};
+    struct experts d = {.expert_start = a->expert_start,
+                        .slot_token = a->slot_token,
+                        .out = a->y,
+                        .n_experts = a->E + 1,
+                        .n_out = a->H,
+                        .per_cut = a->H / (wide ? 256 : 128),
+                        .w_rows = a->H,
+                        .K = a->F,
+                        .second_row = wide ? 128 : 64};
     int n_slots = a->T * (a->k + 1);
-    return wide ? launch_experts<128, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
+    return wide ? launch_experts<WIDE, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
                 : launch_experts<64, 1, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
 }
 
