@@ -8,7 +8,7 @@
  *
  * The grid is fixed and persistent: each block finds its tiles from expert_start. One warp fills a
  * ring of shared-memory stages (64 columns of K each) with tensor copies: weights in boxes, gathered
- * tokens one row a copy, contiguous ones eight. It runs ahead over tile boundaries, so the weights
+ * tokens one row a copy (wide tiles': by the threads of a warpgroup), contiguous ones eight. It runs ahead over tile boundaries, so the weights
  * never stop while a result is written. Rows beyond a tile's count are stale bytes: they feed only
  * columns that nobody stores.
  *
@@ -52,13 +52,15 @@ enum x_source {
     X_ROWS,   // row of a slot is its own: contiguous, eight a copy
     X_BOX,    // likewise, 32 a copy, rows of the next expert included
     X_GATHER, // slot_token says which row; one a copy
+    X_FETCH,  // likewise, by the threads of a warpgroup, 16 bytes a copy
 };
 
 /* Rows per copy. */
 template <enum x_source SOURCE>
 constexpr int x_box = SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? 32 : 8;
 
-/* From here on tokens are gathered into slot order first: one row a copy costs more than that. */
+/* From here on tokens are gathered into slot order first: one row a copy costs more than that.
+ * Above, in wide tiles, the producer's threads fetch them. */
 #define GATHER_FROM 64
 
 /* Up to here routing leaves memory idle for long enough to bring in the shared expert. */
@@ -69,6 +71,7 @@ constexpr int x_box = SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? 32 : 8;
 struct experts {
     const int32_t *expert_start;
     const int32_t *slot_token;
+    const cu_bf16 *x;  // X_FETCH's rows
     cu_bf16 *out;      // [slots, n_out]
     int n_experts;     // with the shared one
     int n_out;         // outputs per row
@@ -231,7 +234,7 @@ static __device__ __forceinline__ void set_store(uint32_t out, int group, cu_bf1
 }
 
 /* All of K for one tile of at most N tokens, then its outputs. */
-template <int N, int TOKENS, int GROUPS, bool SWIGLU>
+template <int N, int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
 static __device__ __forceinline__ void tile_compute(struct ring *r, uint32_t out, int group,
                                                     const struct experts *a, const struct tile *t)
 {
@@ -241,6 +244,8 @@ static __device__ __forceinline__ void tile_compute(struct ring *r, uint32_t out
     uint32_t last = 0;
     for (int step = 0; step < n_steps; step++) {
         mbar_wait(r->full + r->stage * 8, r->parity);
+        if (SOURCE == X_FETCH)
+            fence_async();
         uint32_t at = r->base + r->stage * S::STAGE_BYTES;
         uint64_t w0 = wgmma_desc(at + group * SET_BYTES);
         uint64_t w1 = wgmma_desc(at + (GROUPS + group) * SET_BYTES);
@@ -274,7 +279,7 @@ static __device__ __forceinline__ void tile_compute(struct ring *r, uint32_t out
     }
 }
 
-template <int TOKENS, int GROUPS, bool SWIGLU>
+template <int TOKENS, int GROUPS, enum x_source SOURCE, bool SWIGLU>
 static __device__ void consume(struct ring r, uint32_t out, const struct tail *s,
                                const struct experts *a)
 {
@@ -285,44 +290,44 @@ static __device__ void consume(struct ring r, uint32_t out, const struct tail *s
          idx += gridDim.x) {
         if (TOKENS == 64) {
             if (t.n_rows <= 8)
-                tile_compute<8, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<8, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
             else if (t.n_rows <= 16)
-                tile_compute<16, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<16, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
             else if (t.n_rows <= 32)
-                tile_compute<32, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<32, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
             else
-                tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<64, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
         } else {
             switch ((t.n_rows + WIDE_STEP - 1) / WIDE_STEP) {
             case 1:
             case 2:
-                tile_compute<32, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<32, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 3:
             case 4:
-                tile_compute<64, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<64, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 5:
             case 6:
-                tile_compute<96, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<96, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 7:
-                tile_compute<112, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<112, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 8:
-                tile_compute<128, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<128, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 9:
-                tile_compute<144, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<144, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 10:
-                tile_compute<160, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<160, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             case 11:
-                tile_compute<176, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<176, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
                 break;
             default:
-                tile_compute<TOKENS, TOKENS, GROUPS, SWIGLU>(&r, out, group, a, &t);
+                tile_compute<TOKENS, TOKENS, GROUPS, SOURCE, SWIGLU>(&r, out, group, a, &t);
             }
         }
     }
@@ -400,6 +405,42 @@ static __device__ void produce(struct ring r, const struct tail *s, const struct
     }
 }
 
+/* The same for X_FETCH, a warpgroup's work: eight threads a row, 16 rows at a time. */
+template <int TOKENS, int GROUPS>
+static __device__ void produce_fetched(struct ring r, const struct tail *s, const struct experts *a,
+                                       const CUtensorMap *w0, const CUtensorMap *w1)
+{
+    using S = shape<TOKENS, GROUPS>;
+    int thread = threadIdx.x & 127, chunk = thread & 7, row = thread >> 3, n_steps = a->K / TILE_K;
+    uint32_t to = S::W_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4);
+    r.parity = 1; // a fresh stage is empty
+    struct tile t = {};
+    for (int idx = blockIdx.x; tile_find<TOKENS>(s, a->n_experts, a->per_cut, idx, &t);
+         idx += gridDim.x) {
+        int w_row = t.expert * a->w_rows + t.m * GROUPS * (a->second_row ? 128 : 64);
+        uint32_t from[TOKENS / 16]; // in chunks
+#pragma unroll
+        for (int i = 0; i < TOKENS / 16; i++)
+            from[i] = row + 16 * i < t.n_rows
+                          ? a->slot_token[t.row + row + 16 * i] * (uint32_t)(a->K / 8) + chunk
+                          : 0;
+        for (int step = 0; step < n_steps; step++) {
+            mbar_wait(r.empty + r.stage * 8, r.parity);
+            uint32_t at = r.base + r.stage * S::STAGE_BYTES, bar = r.full + r.stage * 8;
+            if (thread == 0)
+                weights_load<TOKENS, GROUPS>(at, bar, 0, a, w0, w1, step * TILE_K, w_row, 0);
+            __syncwarp();
+            const uint4 *x = (const uint4 *)a->x + step * (TILE_K / 8);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 16; i++)
+                if (row + 16 * i < t.n_rows)
+                    cp_async_16(at + to + i * 2048, x + from[i]);
+            mbar_arrive_cp_async(bar);
+            ring_step<S::N_STAGES>(&r);
+        }
+    }
+}
+
 /* ---- kernel and launch ---- */
 
 /* This block's share of what comes in handy while routing has not ended; a warp. */
@@ -431,7 +472,7 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
             tma_prefetch_map(&w1);
             tma_prefetch_map(&x);
             for (int i = 0; i < S::N_STAGES; i++) {
-                mbar_init(r.full + i * 8, 1);
+                mbar_init(r.full + i * 8, SOURCE == X_FETCH ? 1 + 128 : 1);
                 mbar_init(r.empty + i * 8, GROUPS * 4);
             }
             mbar_init_fence();
@@ -439,7 +480,7 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
     } else if (warp == 0 && a.ahead_bytes) {
         ahead_prefetch(&a);
     }
-    if (SOURCE == X_GATHER)
+    if (SOURCE == X_GATHER || SOURCE == X_FETCH)
         launch::previous_done();
     for (int i = threadIdx.x; i <= a.n_experts; i += S::THREADS)
         s->start[i] = a.expert_start[i];
@@ -452,12 +493,14 @@ static __global__ void __launch_bounds__(shape<TOKENS, GROUPS>::THREADS, 1)
     if (warp >= GROUPS * 4) {
         if (GROUPS > 1)
             regs_shrink<40>();
-        if (warp == GROUPS * 4)
+        if constexpr (SOURCE == X_FETCH)
+            produce_fetched<TOKENS, GROUPS>(r, s, &a, &w0, &w1);
+        else if (warp == GROUPS * 4)
             produce<TOKENS, GROUPS, SOURCE>(r, s, &a, &w0, &w1, &x);
     } else {
         if (GROUPS > 1)
             regs_grow<232>();
-        consume<TOKENS, GROUPS, SWIGLU>(r, r.base + S::N_STAGES * S::STAGE_BYTES, s, &a);
+        consume<TOKENS, GROUPS, SOURCE, SWIGLU>(r, r.base + S::N_STAGES * S::STAGE_BYTES, s, &a);
     }
 }
 
@@ -512,6 +555,7 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
         return cudaErrorInvalidValue;
     struct experts g = {.expert_start = a->expert_start,
                         .slot_token = a->slot_token,
+                        .x = a->x,
                         .out = a->h,
                         .n_experts = a->E + 1,
                         .n_out = a->F,
@@ -525,7 +569,9 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
         g.ahead[2] = a->down + shared;
         g.ahead_bytes = (uint32_t)(a->F * a->H * 2);
     }
-    if (a->T < GATHER_FROM && !is_wide(a))
+    if (is_wide(a))
+        return launch_experts<WIDE, 2, X_FETCH, true>(&g, a->gate, a->up, a->x, a->T, stream);
+    if (a->T < GATHER_FROM)
         return launch_experts<64, 1, X_GATHER, true>(&g, a->gate, a->up, a->x, a->T, stream);
     int n_slots = a->T * (a->k + 1);
     gather_rows<<<n_slots, 128, 0, stream>>>((const uint4 *)a->x, a->slot_token, (uint4 *)a->y,
@@ -533,8 +579,7 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
     cudaError_t err = cudaGetLastError();
     if (err)
         return err;
-    return is_wide(a) ? launch_experts<WIDE, 2, X_BOX, true>(&g, a->gate, a->up, a->y, n_slots, stream)
-                      : launch_experts<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
+    return launch_experts<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
 }
 
 cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
