@@ -24,7 +24,7 @@
 #define MAX_STATES  (1u << 19) /* between two trims */
 #define MAX_FRAMES  (1u << 20)
 #define MAX_ITEMS   (1u << 22)
-#define MAX_EFFORT  (20u << 20) /* threads followed for one mask: what a hostile schema may cost */
+#define MAX_EFFORT  (1u << 20) /* threads followed for one mask: what a hostile schema may cost */
 
 struct frame {
     uint32_t node, count, parent;

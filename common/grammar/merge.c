@@ -543,7 +543,7 @@ static bool requires(const json_t *plain, const char *key)
     return false;
 }
 
-static bool apart(struct schema_context *x, const json_t *a, const json_t *b);
+static bool lists_apart(struct schema_context *x, const json_t *a, const json_t *b);
 
 /* Can no value be valid for both schemas? False also where that cannot be shown. */
 static bool schemas_apart(struct schema_context *x, const json_t *a, const json_t *b)
@@ -551,9 +551,7 @@ static bool schemas_apart(struct schema_context *x, const json_t *a, const json_
     json_t *la = NULL, *lb = NULL;
     bool result = schema_expand(x, a, &la) == ERR_OK && schema_expand(x, b, &lb) == ERR_OK;
     x->depth++;
-    for (size_t i = 0; i < json_array_size(la) && result; i++)
-        for (size_t k = 0; k < json_array_size(lb) && result; k++)
-            result = apart(x, json_array_get(la, i), json_array_get(lb, k));
+    result = result && lists_apart(x, la, lb);
     x->depth--;
     json_decref(la);
     json_decref(lb);
@@ -609,17 +607,42 @@ static bool apart(struct schema_context *x, const json_t *a, const json_t *b)
     return types == T_OBJECT && (objects_apart(x, a, b) || objects_apart(x, b, a));
 }
 
-enum err schema_check_disjoint(struct schema_context *x, const json_t *branches)
+static bool lists_apart(struct schema_context *x, const json_t *a, const json_t *b)
 {
-    size_t n = json_array_size(branches);
-    if (n > MERGE_MAX)
-        return schema_refuse(x->where, "\"oneOf\" has more than %d branches", MERGE_MAX);
+    for (size_t i = 0; i < json_array_size(a); i++)
+        for (size_t k = 0; k < json_array_size(b); k++)
+            if (!apart(x, json_array_get(a, i), json_array_get(b, k)))
+                return false;
+    return true;
+}
+
+static enum err check_pairs(struct schema_context *x, const json_t *lists)
+{
+    size_t n = json_array_size(lists);
     for (size_t i = 0; i < n; i++)
         for (size_t k = i + 1; k < n; k++)
-            if (!schemas_apart(x, json_array_get(branches, i), json_array_get(branches, k)))
+            if (!lists_apart(x, json_array_get(lists, i), json_array_get(lists, k)))
                 return schema_refuse(x->where,
                                      "\"oneOf\": branches %zu and %zu may both match, so it cannot "
                                      "be enforced: use anyOf",
                                      i, k);
     return ERR_OK;
+}
+
+enum err schema_check_disjoint(struct schema_context *x, const json_t *branches)
+{
+    if (json_array_size(branches) > MERGE_MAX)
+        return schema_refuse(x->where, "\"oneOf\" has more than %d branches", MERGE_MAX);
+    json_t *lists = json_array();
+    enum err err = lists ? ERR_OK : no_memory();
+    for (size_t i = 0; i < json_array_size(branches) && err == ERR_OK; i++) {
+        json_t *list;
+        err = schema_expand(x, json_array_get(branches, i), &list);
+        if (err == ERR_OK)
+            json_array_append_new(lists, list);
+    }
+    if (err == ERR_OK)
+        err = check_pairs(x, lists);
+    json_decref(lists);
+    return err;
 }

@@ -61,7 +61,7 @@ uint32_t program_set(struct grammar *g, const struct symset *set, uint32_t next)
 {
     if (next == PROGRAM_FAIL)
         return PROGRAM_FAIL;
-    uint32_t at = 0;
+    uint32_t at = 0; /* few are distinct: bytes, and what schemas are made of */
     while (at < g->n_sets && memcmp(&g->sets[at], set, sizeof(*set)))
         at++;
     if (at == g->n_sets) {
@@ -74,9 +74,17 @@ uint32_t program_set(struct grammar *g, const struct symset *set, uint32_t next)
 
 uint32_t program_range(struct grammar *g, uint32_t first, uint32_t last, uint32_t next)
 {
+    if (next == PROGRAM_FAIL)
+        return PROGRAM_FAIL;
+    uint32_t known = first == last ? g->single[first] : 0;
+    if (known)
+        return node_add(g, (struct program_node){.op = OP_SYMBOLS, .at = known - 1, .next = next});
     struct symset set = {0};
     symset_range(&set, first, last);
-    return program_set(g, &set, next);
+    uint32_t node = program_set(g, &set, next);
+    if (first == last && node != PROGRAM_FAIL)
+        g->single[first] = g->nodes[node].at + 1;
+    return node;
 }
 
 uint32_t program_tag(struct grammar *g, enum grammar_tag tag, uint32_t next)

@@ -58,6 +58,7 @@ struct grammar {
     uint32_t n_edges, cap_edges;
     struct symset *sets;
     uint32_t n_sets, cap_sets;
+    uint32_t single[N_SYMBOLS]; /* set of one symbol, + 1; 0: none yet */
     uint32_t start;
     enum err err; /* the first failure of a builder; its sentence is err_set's */
 
