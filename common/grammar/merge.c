@@ -15,7 +15,7 @@
 
 #define MAX_NESTED 32 /* $ref after $ref, combination in combination */
 
-#define MAX_VALUES 1000 /* of an enum */
+#define MAX_ENTRIES 1000 /* of a list or map, definitions aside */
 
 enum shape {
     ANY,
@@ -125,7 +125,7 @@ static bool has_shape(const json_t *v, enum shape shape)
                 return false;
         return json_is_array(v);
     case VALUES:
-        return json_array_size(v) > 0 && json_array_size(v) <= MAX_VALUES;
+        return json_array_size(v) > 0;
     case TYPES:
         return json_is_string(v) || json_array_size(v) > 0;
     case BOOLEAN:
@@ -178,6 +178,8 @@ enum err schema_keywords(const json_t *schema, const char *where, unsigned *ret)
             return schema_refuse(where, "\"%.60s\" is not supported", key);
         if (!strcmp(key, "items") && json_is_array(v))
             return schema_refuse(where, "\"items\" as a list is not supported: use prefixItems");
+        if (k->kind != KEYWORD_NOTE && json_array_size(v) + json_object_size(v) > MAX_ENTRIES)
+            return schema_refuse(where, "\"%s\" has more than %d entries", key, MAX_ENTRIES);
         if (!has_shape(v, k->shape))
             return schema_refuse(where, "\"%s\" has a value that it cannot have", key);
         if (k->shape == TYPES)
@@ -436,17 +438,27 @@ static enum err merge(const json_t *a, const json_t *b, const char *where, json_
     return ERR_OK;
 }
 
+static enum err too_many(const struct schema_context *x)
+{
+    return err_set(ERR_TOO_LARGE, "%s%sthe combinations are too many", x->where,
+                   x->where[0] ? ": " : "");
+}
+
 /* list x more, in place; takes over the reference to more. */
-static enum err cross(json_t **list, json_t *more, const char *where)
+static enum err cross(struct schema_context *x, json_t **list, json_t *more)
 {
     enum err err = ERR_OK;
     json_t *product = json_array();
     if (json_array_size(*list) * json_array_size(more) > MERGE_MAX)
-        err = schema_refuse(where, "the combinations have more than %d alternatives", MERGE_MAX);
+        err = schema_refuse(x->where, "the combinations have more than %d alternatives", MERGE_MAX);
     for (size_t i = 0; i < json_array_size(*list) && err == ERR_OK; i++)
         for (size_t k = 0; k < json_array_size(more) && err == ERR_OK; k++) {
+            const json_t *a = json_array_get(*list, i), *b = json_array_get(more, k);
             json_t *m = NULL;
-            err = merge(json_array_get(*list, i), json_array_get(more, k), where, &m);
+            x->budget -= 1 + (int)(json_object_size(json_object_get(a, "properties")) +
+                                   json_object_size(json_object_get(b, "properties"))) /
+                                 16;
+            err = x->budget < 0 ? too_many(x) : merge(a, b, x->where, &m);
             if (err == ERR_OK && schema_types(m))
                 json_array_append(product, m);
             json_decref(m);
@@ -485,12 +497,12 @@ static enum err expand_combinators(struct schema_context *x, const json_t *schem
     if (ref) {
         TRY(schema_follow(x, json_string_value(ref), &target));
         TRY(schema_expand(x, target, &more));
-        TRY(cross(list, more, x->where));
+        TRY(cross(x, list, more));
     }
     const json_t *all = json_object_get(schema, "allOf");
     for (size_t i = 0; i < json_array_size(all); i++) {
         TRY(schema_expand(x, json_array_get(all, i), &more));
-        TRY(cross(list, more, x->where));
+        TRY(cross(x, list, more));
     }
     static const char *const unions[] = {"anyOf", "oneOf"};
     for (size_t i = 0; i < ARRAY_LEN(unions); i++) {
@@ -500,7 +512,7 @@ static enum err expand_combinators(struct schema_context *x, const json_t *schem
         if (i == 1)
             TRY(schema_check_disjoint(x, branches));
         TRY(expand_union(x, branches, &more));
-        TRY(cross(list, more, x->where));
+        TRY(cross(x, list, more));
     }
     return ERR_OK;
 }
@@ -516,7 +528,7 @@ enum err schema_expand(struct schema_context *x, const json_t *schema, json_t **
     if (x->depth >= MAX_NESTED)
         return schema_refuse(x->where, "\"$ref\" or combinations are nested too deep");
     if (--x->budget < 0)
-        return err_set(ERR_TOO_LARGE, "%s: the combinations are too many", x->where);
+        return too_many(x);
     json_t *base = strip(schema);
     json_t *list = base && schema_types(base) ? json_pack("[O]", base) : json_array();
     json_decref(base);

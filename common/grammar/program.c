@@ -156,29 +156,34 @@ void program_resolve(struct grammar *g, uint32_t forward, uint32_t to)
         g->edges[g->nodes[forward].at] = to;
 }
 
-/* texts[first, last) agree in their first `depth` bytes and are sorted. */
+static size_t shared_bytes(const char *a, size_t n_a, const char *b, size_t n_b, size_t from)
+{
+    while (from < n_a && from < n_b && a[from] == b[from])
+        from++;
+    return from;
+}
+
+/* texts[first, last) are sorted and agree in their first `depth` bytes. What all of them share is
+ * built at once, so recursion is as deep as there are texts, not bytes. */
 static uint32_t texts_node(struct grammar *g, const char *const *texts, const size_t *lens,
                            size_t first, size_t last, size_t depth, uint32_t next)
 {
-    if (last - first == 1)
-        return program_text(g, texts[first] + depth, lens[first] - depth, next);
-    uint32_t node = PROGRAM_FAIL;
-    while (first < last && lens[first] == depth) {
-        node = next;
+    const char *prefix = texts[first] + depth;
+    size_t at = shared_bytes(texts[first], lens[first], texts[last - 1], lens[last - 1], depth);
+    uint32_t edges[257];
+    size_t n = 0, n_prefix = at - depth;
+    if (lens[first] == at) {
+        edges[n++] = next;
         first++;
     }
-    uint32_t edges[257];
-    size_t n = 0;
-    edges[n++] = node;
     while (first < last) {
         size_t end = first + 1;
-        while (end < last && texts[end][depth] == texts[first][depth])
+        while (end < last && texts[end][at] == texts[first][at])
             end++;
-        uint32_t rest = texts_node(g, texts, lens, first, end, depth + 1, next);
-        edges[n++] = program_text(g, texts[first] + depth, 1, rest);
+        edges[n++] = texts_node(g, texts, lens, first, end, at, next);
         first = end;
     }
-    return program_split(g, edges, n);
+    return program_text(g, prefix, n_prefix, program_split(g, edges, n));
 }
 
 struct text {

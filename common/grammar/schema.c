@@ -28,8 +28,7 @@ static enum err rule_get(struct schema_compiler *c, const json_t *schema, unsign
             return ERR_OK;
         }
     if (c->n_rules == MAX_RULES)
-        return err_set(ERR_TOO_LARGE,
-                       "%s: the schema is too large: it unfolds to more than %d parts", c->where,
+        return err_set(ERR_TOO_LARGE, "the schema is too large: it unfolds to more than %d parts",
                        MAX_RULES);
     if (c->n_rules == c->cap_rules) {
         size_t cap = c->cap_rules ? c->cap_rules * 2 : 32;

@@ -9,6 +9,8 @@
 
 #include "common/grammar/schema_impl.h"
 
+#define MAX_NAME 256 /* bytes of a declared name that undeclared keys are kept from */
+
 static bool is_required(const json_t *s, const char *key)
 {
     const json_t *required = json_object_get(s, "required");
@@ -94,8 +96,14 @@ static enum err undeclared_key(struct schema_compiler *c, const json_t *names, b
     OWNED_MEM const char **keys = calloc(n + 1, sizeof(*keys));
     if (!keys)
         return err_set(ERR_NOMEM, "no memory for a schema");
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         keys[i] = json_string_value(json_array_get(names, i));
+        if (strlen(keys[i]) > MAX_NAME)
+            return schema_refuse(c->where,
+                                 "\"additionalProperties\" beside a name of more than %d bytes is "
+                                 "not supported",
+                                 MAX_NAME);
+    }
     qsort(keys, n, sizeof(*keys), name_order);
     struct key_builder k = {.c = c, .symbols = key_symbols(json), .end = end};
     uint32_t in_key = schema_quoted_char(c);

@@ -208,6 +208,37 @@ static void too_much_is_refused(void)
                      i + 50);
     json_out_fmt(&o, "]}}");
     CHECK_INT(grammar_compile(o.data, o.len, &g), ERR_INVALID);
+    o.len = 0; /* texts and names as long as a grammar may be */
+    json_out_fmt(&o, "{\"schema\":{\"enum\":[");
+    for (int k = 0; k < 2; k++) {
+        json_out_fmt(&o, "%s\"%d", k ? "," : "", k);
+        for (int i = 0; i < 60000; i++)
+            json_out_raw(&o, "y", 1);
+        json_out_fmt(&o, "%d\"", k);
+    }
+    json_out_fmt(&o, "]}}");
+    CHECK_OK(grammar_compile(o.data, o.len, &g));
+    grammar_destroy(g);
+    g = NULL;
+    for (int i = 0; i < (int)o.len; i++) /* the same prefix in both */
+        o.data[i] = o.data[i] == '1' ? '0' : o.data[i];
+    o.data[o.len - 5] = '1';
+    CHECK_OK(grammar_compile(o.data, o.len, &g));
+    grammar_destroy(g);
+    g = NULL;
+    o.len = 0;
+    json_out_fmt(&o, "{\"schema\":{\"additionalProperties\":{},\"properties\":{\"");
+    for (int i = 0; i < 100000; i++)
+        json_out_raw(&o, "n", 1);
+    json_out_fmt(&o, "\":{}}}}");
+    CHECK_INT(grammar_compile(o.data, o.len, &g), ERR_INVALID);
+    o.len = 0;
+    json_out_fmt(&o, "{\"schema\":{\"required\":[");
+    for (int i = 0; i < 1001; i++)
+        json_out_fmt(&o, "%s\"%d\"", i ? "," : "", i);
+    json_out_fmt(&o, "]}}");
+    CHECK_INT(grammar_compile(o.data, o.len, &g), ERR_INVALID);
+    CHECK_STR(err_text(ERR_INVALID), "\"required\" has more than 1000 entries");
     o.len = 0; /* recursion whose schemas grow for ever */
     json_out_fmt(
         &o, "{\"schema\":{\"type\":\"object\",\"properties\":{\"c\":{\"allOf\":[{\"$ref\":\"#\"},"
