@@ -83,6 +83,27 @@ def test_trace(start, tmp_path):
             stack.append(e["ts"] + e["dur"])
 
 
+def test_a_request_that_moved(start, tmp_path):
+    """Its line is of the attempt that ended it, except for the first token, which came once."""
+    path = tmp_path / "trace.jsonl"
+    c = start("--trace-file", path, decode=2)
+    died = []
+
+    def on_event(a):
+        if len(a.events) == 20:
+            name = next(x for x in ("decode-0", "decode-1") if any(c.accounting(x)["requests"].values()))
+            died.append(name.replace("-", "/"))
+            c.kill(name)
+
+    a = asyncio.run(stream(c, CHAT, {**ASK, "ignore_eos": True, "max_tokens": 400}, on_event=on_event))
+    assert a.error is None and died
+    line, = wait_lines(path, 1, c)
+    assert line["attempts"] == 2 and line["output"] == 400 and line["decode"] not in died
+    assert line["at_us"]["first_token"] < line["at_us"]["placed"] < line["at_us"]["handoff"]
+    r = subprocess.run([BATON, "trace", path], capture_output=True, text=True)
+    assert r.returncode == 0 and json.loads(r.stdout)["traceEvents"]
+
+
 @pytest.mark.parametrize("arguments, code, says", [
     ((), 2, "usage: baton trace"), (("a", "b", "c"), 2, "usage"), (("--help",), 2, "usage"),
     (("/nonexistent",), 1, "/nonexistent"), (("/dev/null", "/nonexistent/out"), 1, "/nonexistent/out"),
