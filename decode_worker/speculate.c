@@ -269,7 +269,8 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
     masks(s, streams, n);
     TRY(draw(s, streams, n));
     for (int i = 0; s->config.simulated > 0 && i < n; i++)
-        simulate(s, streams[i]);
+        if (!streams[i]->constraint) // behind a draft that does not fit nothing was masked
+            simulate(s, streams[i]);
     return ERR_OK;
 }
 

@@ -395,23 +395,127 @@ static uint32_t build_part(struct parser *p, uint32_t at, uint32_t next)
     }
 }
 
+/* ---- lengths ---- */
+
+#define UNLIMITED UINT64_MAX
+
+struct span {
+    uint64_t min, max; /* characters */
+};
+
+static uint64_t add(uint64_t a, uint64_t b)
+{
+    return a == UNLIMITED || b == UNLIMITED ? UNLIMITED : MIN(a + b, UNLIMITED - 1);
+}
+
+static uint64_t times(uint64_t a, uint32_t n)
+{
+    if (a == 0 || n == 0)
+        return 0;
+    return a == UNLIMITED || n == REPEAT_UNLIMITED ? UNLIMITED : MIN(a, UINT32_MAX) * n;
+}
+
+static struct span length(const struct parser *p, uint32_t at)
+{
+    const struct part *part = &p->parts[at];
+    struct span a, b;
+    switch (part->kind) {
+    case PART_SET:
+        return (struct span){1, 1};
+    case PART_BOTH:
+        a = length(p, part->a), b = length(p, part->b);
+        return (struct span){add(a.min, b.min), add(a.max, b.max)};
+    case PART_EITHER:
+        a = length(p, part->a), b = length(p, part->b);
+        return (struct span){MIN(a.min, b.min), MAX(a.max, b.max)};
+    case PART_REPEAT:
+        a = length(p, part->a);
+        return (struct span){times(a.min, part->min), times(a.max, part->max)};
+    default:
+        return (struct span){0, 0};
+    }
+}
+
+/* Makes {*min, *max} copies of one character beside `fixed` others be as many as wanted. False: it
+ * cannot be. */
+static bool give_way(const struct pattern_chars *want, uint64_t fixed, uint32_t *min, uint32_t *max)
+{
+    if (want->max != REPEAT_UNLIMITED && fixed > want->max)
+        return false;
+    if (want->min > fixed)
+        *min = (uint32_t)MAX(*min, want->min - fixed);
+    if (want->max != REPEAT_UNLIMITED)
+        *max = (uint32_t)MIN(*max, want->max - fixed);
+    return *min <= *max;
+}
+
+/* Bounds the one repeated character of a sequence whose other parts have one length. Reports in
+ * *ret whether there is such a one; if it cannot give way, the sequence matches nothing. */
+static bool bound_repeat(struct parser *p, uint32_t root, bool *ret_possible)
+{
+    struct part *found = NULL;
+    uint64_t fixed = 0;
+    for (uint32_t at = root; p->parts[at].kind == PART_BOTH; at = p->parts[at].a) {
+        struct part *part = &p->parts[p->parts[at].b];
+        struct span l = length(p, p->parts[at].b);
+        if (l.min == l.max) {
+            fixed = add(fixed, l.min);
+        } else if (!found && part->kind == PART_REPEAT && p->parts[part->a].kind == PART_SET) {
+            found = part;
+        } else {
+            return false;
+        }
+    }
+    if (found)
+        *ret_possible = give_way(p->chars, fixed, &found->min, &found->max);
+    return found != NULL;
+}
+
+/* One alternative, as long as wanted. loose: ends that are not anchored, where anything may stand:
+ * its number is bounded if there is one such end. */
+static enum err fit_length(struct parser *p, uint32_t root, int loose, uint32_t *min, uint32_t *max,
+                           bool *ret_possible)
+{
+    const struct pattern_chars *want = p->chars;
+    struct span l = length(p, root);
+    *min = 0;
+    *max = REPEAT_UNLIMITED;
+    *ret_possible = true;
+    bool open = want->max == REPEAT_UNLIMITED;
+    if (l.min >= want->min && (open || (loose == 0 && l.max <= want->max)))
+        return ERR_OK;
+    if (loose == 1 && l.min == l.max) {
+        *ret_possible = give_way(want, l.min, min, max);
+        return ERR_OK;
+    }
+    if (loose == 0 && bound_repeat(p, root, ret_possible))
+        return ERR_OK;
+    return err_set(ERR_INVALID,
+                   "\"pattern\" %.60s beside this \"minLength\" or \"maxLength\" is not "
+                   "supported",
+                   p->text);
+}
+
 /* Each alternative at the top may be anchored; where it is not, anything goes. */
 static enum err build_all(struct parser *p, uint32_t next, uint32_t *ret)
 {
     struct grammar *g = p->g;
     uint32_t node = PROGRAM_FAIL;
-    uint32_t anything = program_repeat(g, p->chars->any, 0, REPEAT_UNLIMITED, next);
     for (;;) {
-        uint32_t part;
-        bool start = *p->at == '^';
+        uint32_t part, min, max;
+        bool start = *p->at == '^', possible;
         p->at += start;
         TRY(parse_sequence(p, &part));
         bool end = *p->at == '$';
         p->at += end;
-        uint32_t one = build_part(p, part, end ? next : anything);
+        TRY(fit_length(p, part, !start + !end, &min, &max, &possible));
+        uint32_t one = end ? next : program_repeat(g, p->chars->any, min, max, next);
+        one = build_part(p, part, one);
         if (!start)
-            one = program_repeat(g, p->chars->any, 0, REPEAT_UNLIMITED, one);
-        node = program_either(g, node, one);
+            one =
+                program_repeat(g, p->chars->any, end ? min : 0, end ? max : REPEAT_UNLIMITED, one);
+        if (possible)
+            node = program_either(g, node, one);
         if (!*p->at)
             break;
         if (*p->at != '|')

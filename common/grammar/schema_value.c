@@ -209,15 +209,12 @@ static enum err build_string(struct schema_compiler *c, const json_t *s, unsigne
     if (pattern || format) {
         struct pattern_chars chars = {.any = form == FORM_JSON ? schema_quoted_char(c)
                                                                : schema_verbatim_char(c),
-                                      .json = form == FORM_JSON};
+                                      .json = form == FORM_JSON,
+                                      .min = min,
+                                      .max = max};
         const char *key = pattern ? "pattern" : "format";
         if (pattern && format)
             return schema_refuse(c->where, "\"pattern\" beside \"format\" is not supported");
-        if (min > 0 || max != REPEAT_UNLIMITED)
-            return schema_refuse(c->where,
-                                 "\"%s\" beside \"minLength\" or \"maxLength\" is not "
-                                 "supported",
-                                 key);
         if (form != FORM_JSON && form & T_ALL)
             return schema_refuse(c->where,
                                  "\"%s\" in an argument of several types is not supported", key);
