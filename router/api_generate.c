@@ -44,7 +44,7 @@ static enum err generate_parse(struct api_call *call, const json_t *body)
         return ERR_NOMEM;
     prompt->text = json_string_value(inputs);
     prompt->n_text = json_string_length(inputs);
-    return ERR_OK;
+    return api_grammar_make(call, NULL);
 }
 
 static enum err generate_encode(struct api_call *call)

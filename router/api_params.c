@@ -32,8 +32,9 @@ typedef enum err read_fn(const char *name, const json_t *value, const struct clu
                          struct api_params *p, struct api_failure *f);
 static read_fn read_model, read_seed, read_stop, read_stop_ids, read_logprobs, read_effort,
     read_template_kwargs, read_thinking, read_enable_thinking, read_reasoning, read_stream_options,
-    read_tool_choice, read_response_format, read_modalities, read_cache_salt, read_decay, read_bias,
-    read_text, read_include, read_truncation, read_output_config, read_anthropic_choice;
+    read_tool_choice, read_response_format, read_guided_json, read_structured, read_modalities,
+    read_cache_salt, read_decay, read_bias, read_text, read_include, read_truncation,
+    read_output_config, read_anthropic_choice;
 
 struct row {
     const char *name;
@@ -126,6 +127,8 @@ static const struct row rows[] = {
     {"tool_choice",             API_MESSAGES,        READ, .read = read_anthropic_choice},
     {"parallel_tool_calls",     API_CHAT | API_RESPONSES, BOOL, AT(parallel_tool_calls)},
     {"response_format",         OPENAI,              READ, .read = read_response_format},
+    {"guided_json",             ALL,                 READ, .read = read_guided_json},
+    {"structured_outputs",      OPENAI,              READ, .read = read_structured},
     {"modalities",              API_CHAT,            READ, .read = read_modalities},
     {"cache_salt",              ALL | NEWER,         READ, .read = read_cache_salt},
     {"text",                    API_RESPONSES,       READ, .read = read_text},
@@ -179,8 +182,6 @@ static const struct row rows[] = {
     {"bad_words",               OPENAI,              REFUSE},
     {"allowed_token_ids",       ALL,                 REFUSE},
     {"logits_processors",       OPENAI,              REFUSE},
-    {"structured_outputs",      OPENAI,              REFUSE},
-    {"guided_json",             ALL,                 REFUSE},
     {"guided_regex",            OPENAI,              REFUSE},
     {"guided_choice",           OPENAI,              REFUSE},
     {"guided_grammar",          ALL,                 REFUSE},
@@ -753,6 +754,61 @@ static enum err read_response_format(const char *name, const json_t *value,
     json_decref(p->schema);
     p->schema = schema;
     p->schema_param = name;
+    return ERR_OK;
+}
+
+/* A schema, or the text of one: how vLLM and LightLLM say it. */
+static enum err read_guided_json(const char *name, const json_t *value,
+                                 const struct cluster_model *model, struct api_params *p,
+                                 struct api_failure *f)
+{
+    (void)model;
+    json_t *schema = NULL;
+    if (json_is_string(value) && json_string_length(value) == 0)
+        return ERR_OK;
+    if (json_is_string(value)) {
+        enum err e = json_parse(json_string_value(value), json_string_length(value),
+                                &json_limits_request, &schema);
+        if (e != ERR_OK)
+            return api_refuse(f, name, "%s: %s", name, err_text(e));
+    } else {
+        schema = json_incref((json_t *)value);
+    }
+    if (!json_is_object(schema)) {
+        json_decref(schema);
+        return api_refuse(f, name, "%s must be a schema: an object, or its text", name);
+    }
+    json_decref(p->schema);
+    p->schema = schema;
+    p->schema_param = name;
+    return ERR_OK;
+}
+
+/* {"json": schema} or {"json_object": true}. */
+static enum err read_structured(const char *name, const json_t *value,
+                                const struct cluster_model *model, struct api_params *p,
+                                struct api_failure *f)
+{
+    if (!json_is_object(value))
+        return wrong_type(f, name, "an object", value);
+    const char *key;
+    json_t *v;
+    json_object_foreach ((json_t *)value, key, v) {
+        if (json_is_null(v) || asks_for_nothing(v))
+            continue;
+        if (!strcmp(key, "json")) {
+            TRY(read_guided_json("structured_outputs.json", v, model, p, f));
+        } else if (!strcmp(key, "json_object") && json_is_true(v)) {
+            json_t *object = json_pack("{s:s}", "type", "object");
+            enum err e = read_guided_json("structured_outputs.json_object", object, model, p, f);
+            json_decref(object);
+            TRY(e);
+        } else {
+            char path[96];
+            snprintf(path, sizeof(path), "structured_outputs.%.64s", key);
+            return unsupported(f, path);
+        }
+    }
     return ERR_OK;
 }
 
