@@ -546,8 +546,14 @@ static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
     row.n_bias = (int32_t)q->n_bias;
     row.bias_id = q->ids + q->n_ids;
     row.bias_value = (const float *)(q->ids + q->n_ids + q->n_bias);
+    enum err err = ERR_OK;
     if (q->constraint)
-        TRY(constraint_mask(q->constraint, constraint_state(q->constraint), &row.allowed));
+        err = constraint_mask(q->constraint, constraint_state(q->constraint), &row.allowed);
+    if (err != ERR_OK) {
+        log_warn("grammar", "req=%016" PRIx64 " code=%s the grammar was given up: %s", q->req_id,
+                 err_name(err), err_text(err));
+        return err;
+    }
     int32_t idx = logit, top_id[WIRE_MAX_TOP];
     float top_logprob[WIRE_MAX_TOP];
     TRY(engine_sample(p->engine, 1, &idx, &row, MAX(s->n_logprobs, 0), &q->token, &q->logprob,
