@@ -9,6 +9,9 @@
  * 16 slots a warp and half of the 576 columns; results are values (transposed) times probabilities,
  * 64 columns a warp. Blocks are small enough to start beside the products that make the query, and
  * pages that no kernel of this step writes are copied before those have ended.
+ *
+ * Measured on an H100 80GB by dense_bench, context 512, microseconds per launch in a graph, with
+ * mla_decode's: 1 sequence 9.2 (15.3), 8 10.3 (15.6), 16 18.3 (17.2), hence the limit of 8.
  */
 #include "kernels/cuda.h"
 #include "kernels/hopper.cuh"
