@@ -110,7 +110,7 @@ def test_chat(cluster, chromium, shot):
     b.js("document.querySelector('[name=temperature]').value = 0")
     shot("settings")
     b.js("document.querySelector('#settings .primary').click()")
-    b.wait("document.activeElement.id == 'input'")
+    b.wait("(sessionStorage.getItem('settings') ?? '').includes('get_weather') && document.activeElement.id == 'input'")
     b.type("What is the weather")
     b.key("Enter", SHIFT)
     b.type("in Paris?")
