@@ -22,8 +22,8 @@ struct mock_costs {
     double prefill_chunk_ms; /* the least that a chunk takes: all experts are read */
 };
 
-/* An H100 with 80 GB, contexts of 512 tokens, measured; verify_row below 64 sequences is estimated
- * from the decode column. */
+/* An H100 with 80 GB, contexts of 512 tokens, measured; but verify_row below 64 and above 256
+ * sequences is an estimate. Contexts of other lengths cost the same. */
 extern const struct mock_costs mock_costs_h100;
 
 /* Reads {"decode_ms": [[1, 4.5], ...], "verify_row_ms": ..., "draft_ms": ...,

@@ -88,6 +88,7 @@ static void costs_follow_the_table(void)
     CHECK_NEAR(mock_costs_step_ms(c, 768, 768), 33.5 + 7.3, 1e-9);
     CHECK_NEAR(mock_costs_step_ms(c, 64, 192) + 2 * mock_costs_draft_ms(c, 64), 25.4, 0.01);
     CHECK_NEAR(mock_costs_step_ms(c, 256, 768) + 2 * mock_costs_draft_ms(c, 256), 34.9, 0.05);
+    CHECK(mock_costs_step_ms(c, 512, 513) > mock_costs_step_ms(c, 512, 512));
     CHECK_NEAR(mock_costs_chunk_ms(c, 100), 20, 1e-9);
     CHECK_NEAR(mock_costs_chunk_ms(c, 6600), 100, 1e-9);
 }
