@@ -91,8 +91,8 @@ def pace(directory, requests):
     with mock_cluster(directory, None, "--running-max-req-size", 512, "--mtp-step", 2, "--mtp-simulate-acceptance", 0.7,
                       prefill=2, decode=2) as c:
         s, _, used = load(c, directory, "--workload", "burst", "--num-prompts", requests)
-    print(f"burst of {requests}: {s['output_throughput']:.0f} tokens/s (best second {s['max_output_tokens_per_s']:.0f}), TTFT p50 {s['p50_ttft_ms']:.0f} ms, TPOT p50 "
-          f"{s['p50_tpot_ms']:.1f} ms, router {used / s['duration'] * 100:.0f} % of a core, {s['failed']} failed")
+    print(f"burst of {requests}: {s['output_throughput']:.0f} tokens/s (best second {s['max_output_tokens_per_s']:.0f}), "
+          f"TTFT p50 {s['p50_ttft_ms']:.0f} ms, TPOT p50 {s['p50_tpot_ms']:.1f} ms, router {used / s['duration'] * 100:.0f} % of a core, {s['failed']} failed")
 
 
 def latency(directory, tokens):
