@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "kernels/cuda.h"
+#include "tests/bench/cuda/bench_data.h"
 
 enum { H = 2048, F = 1536, E = 64, K = 4, HEADS = 20, LAYERS = 48, N_RUNS = 20 };
 #define BLOCK (1u << 22) /* values of the random block that everything is filled with */
@@ -25,38 +26,6 @@ static uint16_t *block;
 static cudaStream_t stream;
 static int failures;
 
-#define CHECK(call)                                                                                \
-    do {                                                                                           \
-        cudaError_t err_ = (call);                                                                 \
-        if (err_ != cudaSuccess) {                                                                 \
-            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_));        \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-
-static uint16_t to_bf16(float f)
-{
-    uint32_t w;
-    memcpy(&w, &f, 4);
-    return (uint16_t)((w + 0x7fff + (w >> 16 & 1)) >> 16);
-}
-
-static float from_bf16(uint16_t b)
-{
-    uint32_t w = (uint32_t)b << 16;
-    float f;
-    memcpy(&f, &w, 4);
-    return f;
-}
-
-static uint64_t random_state = 88172645463325252u;
-static uint32_t random_u32(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (uint32_t)(random_state >> 32);
-}
 static float uniform(void) { return (float)random_u32() / 2147483648.f - 1.f; }
 
 /* n values in [-scale, scale) (scale a power of two: only exponents change). The block's phase
@@ -75,14 +44,6 @@ static uint16_t *filled(size_t n, float scale)
         phase = random_u32() % 4096;
     }
     free(scaled);
-    return p;
-}
-
-static void *device(size_t bytes)
-{
-    void *p;
-    CHECK(cudaMalloc(&p, bytes));
-    CHECK(cudaMemset(p, 0xff, bytes)); // NaN: what is not written shows
     return p;
 }
 
