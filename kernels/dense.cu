@@ -272,6 +272,9 @@ __device__ void consume(ring r, const product &p, float eps, const uint4 *norm_w
         x_load<N>(p, x, row, col, i, b[i]);
     if (NORM)
         row_scales<N, DEPTH>(p, eps, b, part, scale);
+    // Rows beyond a tile's repeat its last one: they feed outputs that nobody stores.
+    int w_row = min(row, p.tile_rows - 1), to_hi = (min(row + 8, p.tile_rows - 1) - w_row) * ROW_BYTES;
+    int w_at = w_row * ROW_BYTES + col * 2;
     bool is_kept = p.n_steps <= DEPTH && p.x_head == 0; // every tile has the same x
     for (int tile = first; tile < last; tile++) {
         const cu_bf16 *next_x = p.x + (int64_t)((tile + 1) / p.tiles_per_head) * p.x_head;
@@ -283,9 +286,8 @@ __device__ void consume(ring r, const product &p, float eps, const uint4 *norm_w
                 if (step >= p.n_steps)
                     break;
                 mbar_wait(r.full + r.stage * 8, r.parity);
-                // rows beyond the tile's are other bytes: they feed outputs that nobody stores
-                uint32_t w = r.base + r.stage * r.stage_bytes + row * ROW_BYTES + col * 2;
-                uint4 lo = shared_16(w), hi = shared_16(w + 8 * ROW_BYTES), g;
+                uint32_t w = r.base + r.stage * r.stage_bytes + w_at;
+                uint4 lo = shared_16(w), hi = shared_16(w + to_hi), g;
                 if (NORM)
                     g = norm_w[(step * STAGE_COLS + col) / 8];
 #pragma unroll
@@ -386,7 +388,6 @@ __global__ void __launch_bounds__(THREADS, 2)
         return;
     }
     launch::previous_done();
-    // behind the ring; what a tile of less than 16 rows reads beyond its last stage lies in here
     float *red_base = (float *)(smem + p.n_stages * stage_bytes);
     consume<N, NORM, OUT>(r, p, kv.eps, norm_w, part, red_base, first, last);
 }

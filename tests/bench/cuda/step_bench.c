@@ -1,5 +1,8 @@
 /* step_bench.c: whole forward passes of GLM-4.7-Flash at full size on one GPU, with dummy weights.
  *
+ *   step_bench [prefill | decode | mtp | long]
+ *   step_bench pass SEQUENCES ROWS CONTEXT    one pass for a profiler: tests/device/profile
+ *
  * Times are wall-clock medians of engine_forward and engine_draft as a worker calls them: upload of
  * the batch, all launches, wait. Draws are not part of it.
  *
@@ -14,6 +17,7 @@
  *   every byte read once at 3.0 TB/s     2.40   8.8  17.8  20.3  21.4  23.0  26.8      70
  * The host's part is 0.02 to 0.15 ms of a step.
  */
+#include <cuda_profiler_api.h>
 #include <cuda_runtime_api.h>
 #include <string.h>
 
@@ -129,6 +133,8 @@ static void draw(int n)
 static void mtp_step(int n_seqs, int k)
 {
     double ms[N_RUNS];
+    struct batch last = batch_of(n_seqs, k + 1, CTX, true); // whose hidden states drafts start from
+    CHECK_OK(engine_forward(engine, &last));
     for (int i = -2; i < N_RUNS; i++) {
         uint64_t begin = clock_now_us();
         struct batch b = batch_of(n_seqs, k + 1, CTX, false);
@@ -176,7 +182,55 @@ static void logits_are_finite(int n)
     free(x);
 }
 
-int main(void)
+static void prefill(void)
+{
+    const int prompts[][2] = {{1, 256}, {32, 256}, {4, 2048}};
+    for (int i = 0; i < 3; i++) {
+        struct batch b = batch_of(prompts[i][0], prompts[i][1], prompts[i][1], false);
+        double device_ms, ms = median_ms(&b, false, &device_ms);
+        printf("prefill %3d x %4d: %8.2f ms, %8.0f tokens/s, host %.2f ms\n", prompts[i][0],
+               prompts[i][1], ms, b.n_rows / ms * 1000, ms - device_ms);
+        logits_are_finite(1);
+    }
+}
+
+static void decode(void)
+{
+    const int sizes[] = {1, 8, 32, 64, 128, 256, 512};
+    for (int i = 0; i < 7; i++) {
+        struct batch b = batch_of(sizes[i], 1, CTX, true);
+        double of_device, of_draft;
+        double ms = median_ms(&b, false, &of_device), draft = median_ms(&b, true, &of_draft);
+        printf(
+            "decode batch %3d, context %d: %6.2f ms, %6.0f tokens/s, host %.2f ms; one draft %5.2f "
+            "ms\n",
+            sizes[i], CTX, ms, sizes[i] / ms * 1000, ms - of_device, draft);
+        logits_are_finite(1);
+    }
+}
+
+static void mtp(void)
+{
+    const int sizes[] = {1, 64, 256};
+    for (int i = 0; i < 3; i++)
+        for (int k = 1; k <= 4; k++)
+            if (sizes[i] * (k + 1) <= MAX_LOGITS)
+                mtp_step(sizes[i], k);
+}
+
+/* One pass of n_seqs x rows behind context ctx between the profiler's marks, after the runs that
+ * make its graph. */
+static void profiled_pass(int n_seqs, int rows, int ctx)
+{
+    struct batch b = batch_of(n_seqs, rows, ctx, rows < 16);
+    for (int i = 0; i < 3; i++)
+        CHECK_OK(engine_forward(engine, &b));
+    CHECK(cudaProfilerStart() == cudaSuccess);
+    CHECK_OK(engine_forward(engine, &b));
+    CHECK(cudaProfilerStop() == cudaSuccess);
+}
+
+int main(int argc, char **argv)
 {
     int n_devices = 0;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
@@ -211,30 +265,19 @@ int main(void)
     printf("%.1f GB of weights made in %.1f s\n", (double)weights->arena_bytes / 1e9,
            (double)(clock_now_us() - begin) / 1e6);
 
-    const int prompts[][2] = {{1, 256}, {32, 256}, {4, 2048}};
-    for (int i = 0; i < 3; i++) {
-        struct batch b = batch_of(prompts[i][0], prompts[i][1], prompts[i][1], false);
-        double device_ms, ms = median_ms(&b, false, &device_ms);
-        printf("prefill %3d x %4d: %8.2f ms, %8.0f tokens/s, host %.2f ms\n", prompts[i][0],
-               prompts[i][1], ms, b.n_rows / ms * 1000, ms - device_ms);
-        logits_are_finite(1);
+    const char *part = argc > 1 ? argv[1] : "";
+    if (!strcmp(part, "pass") && argc == 5) {
+        profiled_pass(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+    } else {
+        if (!*part || !strcmp(part, "prefill"))
+            prefill();
+        if (!*part || !strcmp(part, "decode"))
+            decode();
+        if (!*part || !strcmp(part, "mtp"))
+            mtp();
+        if (!*part || !strcmp(part, "long"))
+            long_prompt(32768);
     }
-    const int sizes[] = {1, 8, 32, 64, 128, 256, 512};
-    for (int i = 0; i < 7; i++) {
-        struct batch b = batch_of(sizes[i], 1, CTX, true);
-        double of_device, of_draft;
-        double ms = median_ms(&b, false, &of_device), draft = median_ms(&b, true, &of_draft);
-        printf(
-            "decode batch %3d, context %d: %6.2f ms, %6.0f tokens/s, host %.2f ms; one draft %5.2f "
-            "ms\n",
-            sizes[i], CTX, ms, sizes[i] / ms * 1000, ms - of_device, draft);
-        logits_are_finite(1);
-    }
-    for (int i = 0; i < 3; i++)
-        for (int k = 1; k <= 4; k++)
-            if ((i == 0 ? 1 : i == 1 ? 64 : 256) * (k + 1) <= MAX_LOGITS)
-                mtp_step(i == 0 ? 1 : i == 1 ? 64 : 256, k);
-    long_prompt(32768);
     engine_destroy(engine);
     kv_pool_destroy(pool);
     weights_destroy(weights);
