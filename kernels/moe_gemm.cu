@@ -17,8 +17,9 @@
  * tiles in hand, as gate_up lets it start only after routing has ended, and fills its ring with
  * weights before gate_up's results are there.
  *
- * Two shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
- * in flight: bound by memory; each weight is read from it once. Wide: tiles of up to 192 tokens by
+ * Three shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
+ * in flight: bound by memory; each weight is read from it once. From 128 tokens on two warpgroups
+ * share them (five stages, 160 KB): at 512 tokens x was a third of what came from L2. Wide: tiles of up to 192 tokens by
  * 256 weight rows, two consumer warpgroups, three stages: bound by the tensor cores. Tiles of
  * 128 x 256 read 48 KB from L2 for each 1024 cycles of product and keep shared memory busy for 1150,
  * those of 192 x 256 read 56 KB for 1536 and take 1470. An expert's tokens are cut evenly in steps of 16, so that little of a product is for
@@ -30,6 +31,9 @@
  *   tokens gathered by the copies 138/71   324/142    350/150     572/161    3849/638
  *   gathered in memory from 64 on 138/71   277/142    292/153     320/161    1675/664
  *   sums start as zeros, no branch        136/70    282/141    293/152     324/163     945/432
+ * On an H200 (4.3 TB/s):
+ *   one warpgroup up to 640 tokens  107/56   209/106    219/114    236/121
+ *   two from 128 on                                     214/115    224/118     783/387
  * 277 us are 2.95 TB/s of weights; 8192 tokens run at 546 and 597 TFLOP/s. (A run-time "first step?"
  * flag in each product kept the compiler from leaving products in flight: half the speed when wide.)
  */
@@ -62,6 +66,9 @@ constexpr int x_box = SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? 32 : 8;
 /* From here on tokens are gathered into slot order first: one row a copy costs more than that.
  * Above, in wide tiles, the producer's threads fetch them. */
 #define GATHER_FROM 64
+
+/* From here on x is worth halving: two warpgroups multiply twice the weight rows by it. */
+#define TWO_GROUPS_FROM 128
 
 /* Up to here routing leaves memory idle for long enough to bring in the shared expert. */
 #ifndef AHEAD_UP_TO
@@ -537,10 +544,17 @@ static __global__ void gather_rows(const uint4 *x, const int32_t *slot_token, ui
         out[(int64_t)blockIdx.x * n + i] = from[i];
 }
 
+
+/* Consumer warpgroups of a block. */
+static int groups(const struct cu_moe_args *a)
+{
+    return a->T >= TWO_GROUPS_FROM && a->F % 128 == 0 && a->H % 256 == 0 ? 2 : 1;
+}
+
 /* Above 40 rows per expert most tiles of 64 would be two. */
 static bool is_wide(const struct cu_moe_args *a)
 {
-    return (int64_t)a->T * a->k > 40 * (int64_t)a->E && a->F % 128 == 0 && a->H % 256 == 0;
+    return (int64_t)a->T * a->k > 40 * (int64_t)a->E && groups(a) == 2;
 }
 
 static bool is_done_here(const struct cu_moe_args *a)
@@ -559,7 +573,7 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
                         .out = a->h,
                         .n_experts = a->E + 1,
                         .n_out = a->F,
-                        .per_cut = a->F / (is_wide(a) ? 128 : 64),
+                        .per_cut = a->F / (64 * groups(a)),
                         .w_rows = a->F,
                         .K = a->H};
     int64_t shared = (int64_t)a->E * a->F * a->H;
@@ -579,6 +593,8 @@ cudaError_t cu_moe_gate_up(const struct cu_moe_args *a, cudaStream_t stream)
     cudaError_t err = cudaGetLastError();
     if (err)
         return err;
+    if (groups(a) == 2)
+        return launch_experts<64, 2, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
     return launch_experts<64, 1, X_ROWS, true>(&g, a->gate, a->up, a->y, n_slots, stream);
 }
 
@@ -586,18 +602,19 @@ cudaError_t cu_moe_down(const struct cu_moe_args *a, cudaStream_t stream)
 {
     if (!is_done_here(a))
         return cudaErrorInvalidValue;
-    bool wide = is_wide(a);
     struct experts d = {.expert_start = a->expert_start,
                         .slot_token = a->slot_token,
                         .out = a->y,
                         .n_experts = a->E + 1,
                         .n_out = a->H,
-                        .per_cut = a->H / (wide ? 256 : 128),
+                        .per_cut = a->H / (128 * groups(a)),
                         .w_rows = a->H,
                         .K = a->F,
-                        .second_row = wide ? 128 : 64};
+                        .second_row = 64 * groups(a)};
     int n_slots = a->T * (a->k + 1);
-    return wide ? launch_experts<WIDE, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
+    if (!is_wide(a) && groups(a) == 2)
+        return launch_experts<64, 2, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
+    return is_wide(a) ? launch_experts<WIDE, 2, X_BOX, false>(&d, a->down, a->down, a->h, n_slots, stream)
                 : launch_experts<64, 1, X_ROWS, false>(&d, a->down, a->down, a->h, n_slots, stream);
 }
 
