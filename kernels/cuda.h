@@ -140,12 +140,14 @@ size_t cu_mla_decode_work_bytes(int max_S, int max_q_rows, int heads, int max_ct
 int cu_mla_few_fits(const struct cu_mla_decode_args *a);
 cudaError_t cu_mla_few(const struct cu_mla_decode_args *a, cudaStream_t stream);
 
-/* Ragged rows, expanded form: k = [W_UK c, k_rope], v = W_UV c are given for each sequence's slots,
- * packed. Row i of sequence s (n of them) sees kv_len[s] - n + 1 + i slots. */
+/* Ragged rows, expanded form: W_UK c and W_UV c are given for each sequence's slots, packed, and
+ * the roped keys, which all heads share. Queries are turned on the way. Row i of sequence s (n of
+ * them) sees kv_len[s] - n + 1 + i slots. */
 struct cu_mla_prefill_args {
-    const cu_bf16 *q;        // [T, heads, 256]: 192 nope, 64 roped
-    const cu_bf16 *k;        // [T_kv, heads, 256]
-    const cu_bf16 *v;        // [T_kv, heads, 256]
+    const cu_bf16 *q;        // [T, heads, 256]: 192 nope, 64 not turned yet
+    const float *turn;       // [T, 32, 2]: cu_rope_table of the rows
+    const cu_bf16 *kv;       // [T_kv, heads, 448]: 192 of the key, 256 of the value
+    const cu_bf16 *k_rope;   // [T_kv, 64]
     const int32_t *q_start;  // [S + 1] first row of each sequence
     const int32_t *kv_start; // [S + 1] first packed slot of each sequence
     cu_bf16 *out;            // [T, heads, 256]
@@ -200,6 +202,10 @@ struct cu_rope_q_args {
 };
 cudaError_t cu_rope_q(const struct cu_rope_q_args *a, cudaStream_t stream);
 
+/* turn[t, i] = cosine and sine of position[t] * theta^(-2i/64), for pairs i < 32. */
+cudaError_t cu_rope_table(const int32_t *position, float *turn, int T, float theta,
+                          cudaStream_t stream);
+
 /* out = silu(gate_up[:, 0..n)) * gate_up[:, n..2n). */
 cudaError_t cu_swiglu(const cu_bf16 *gate_up, cu_bf16 *out, int T, int n, cudaStream_t stream);
 
@@ -237,8 +243,8 @@ struct cu_gather_kv_args {
     const int32_t *block_table; // [S, max_pages]
     const int32_t *kv_start;    // [S + 1]
     cu_bf16 *latent;            // [T_kv, 512]
-    cu_bf16 *k;                 // [T_kv, heads, 256]: columns 192..255 of every head get the key
-    int S, T_kv, heads, max_pages, n_layers, layer;
+    cu_bf16 *k_rope;            // [T_kv, 64]
+    int S, T_kv, max_pages, n_layers, layer;
 };
 cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream);
 

@@ -220,6 +220,19 @@ __global__ void rope_q_kernel(cu_rope_q_args a, float log2_theta)
         ((__nv_bfloat162 *)a.absorbed)[(at * 576 + 512) / 2 + i] = r;
 }
 
+/* A warp per row. */
+__global__ void rope_table_kernel(const int32_t *position, float2 *turn, int T, float log2_theta)
+{
+    int t = blockIdx.x * blockDim.y + threadIdx.y, i = threadIdx.x;
+    next_may_start();
+    previous_done();
+    if (t >= T)
+        return;
+    float s, c;
+    sincosf((float)position[t] * rope_step(i, log2_theta), &s, &c);
+    turn[t * 32 + i] = make_float2(c, s);
+}
+
 __global__ void swiglu_kernel(const Bf8 *gate_up, Bf8 *out, int64_t total, int n8)
 {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -258,7 +271,7 @@ __global__ void __launch_bounds__(THREADS) mtp_input_kernel(cu_mtp_input_args a)
         out[i] = __float2bfloat16(__bfloat162float(x[i]) * scale * __bfloat162float(w[i]));
 }
 
-/* A block per packed slot: the latent, and the key once per head. */
+/* A block per packed slot: the latent and the key, 16 bytes a thread. */
 __global__ void gather_kv_kernel(cu_gather_kv_args a)
 {
     int row = blockIdx.x, s = 0;
@@ -270,10 +283,10 @@ __global__ void gather_kv_kernel(cu_gather_kv_args a)
     int page = a.block_table[(int64_t)s * a.max_pages + slot / 64];
     const Bf8 *src =
         (const Bf8 *)(a.pool + (((int64_t)page * a.n_layers + a.layer) * 64 + slot % 64) * 576);
-    for (int i = threadIdx.x; i < 64; i += blockDim.x)
-        ((Bf8 *)a.latent)[(int64_t)row * 64 + i] = src[i];
-    for (int i = threadIdx.x; i < a.heads * 8; i += blockDim.x)
-        ((Bf8 *)a.k)[((int64_t)row * a.heads + i / 8) * 32 + 24 + i % 8] = src[64 + i % 8];
+    int i = threadIdx.x;
+    Bf8 *to = i < 64 ? (Bf8 *)a.latent + (int64_t)row * 64 + i
+                     : (Bf8 *)a.k_rope + (int64_t)row * 8 + i - 64;
+    *to = src[i];
 }
 
 __device__ __forceinline__ uint64_t mix(uint64_t x)
@@ -370,11 +383,20 @@ cudaError_t cu_gather_rows(const cu_bf16 *x, const int32_t *row, cu_bf16 *out, i
                  (Bf8 *)out, H / 8);
 }
 
+cudaError_t cu_rope_table(const int32_t *position, float *turn, int T, float theta,
+                          cudaStream_t stream)
+{
+    if (T <= 0)
+        return cudaSuccess;
+    return start(rope_table_kernel, dim3((T + 7) / 8), dim3(32, 8), 0, 1, stream, position,
+                 (float2 *)turn, T, log2f(theta));
+}
+
 cudaError_t cu_gather_kv(const struct cu_gather_kv_args *a, cudaStream_t stream)
 {
     if (a->T_kv <= 0)
         return cudaSuccess;
-    return start(gather_kv_kernel, dim3(a->T_kv), dim3(128), 0, 1, stream, *a);
+    return start(gather_kv_kernel, dim3(a->T_kv), dim3(64 + 8), 0, 1, stream, *a);
 }
 
 cudaError_t cu_fill(void *to, uint64_t n, uint64_t stream_key, float scale, int is_f32,

@@ -10,6 +10,9 @@
  * host does not know. The last tile may begin before the sequence does, in its neighbour's slots (or
  * before the array: zeros); those are masked and their values zeroed in shared memory.
  *
+ * Keys are 192 columns of the head's own and 64 that all heads share; both land in one tile. A
+ * warpgroup turns its queries (RoPE) in shared memory before it starts.
+ *
  * Grid: (row blocks, heads). Row blocks are found on the device from q_start, the longest first within
  * a sequence; neighbours in the grid share a head's keys and values in L2.
  */
@@ -19,6 +22,8 @@
 using namespace hopper;
 
 #define DIM         256
+#define NOPE        192
+#define KV_HEAD     (NOPE + DIM) /* columns of a head in kv */
 #define ROWS        128 /* per block */
 #define KEYS        64  /* per tile */
 #define STAGES      2
@@ -37,6 +42,7 @@ struct Smem {
 
 struct Params {
     const int32_t *q_start, *kv_start;
+    const float4 *turn;
     cu_bf16 *out;
     int S, heads;
     float scale_log2;
@@ -122,7 +128,8 @@ __device__ __forceinline__ Job job_find(const Params &p, int block)
 }
 
 __device__ __forceinline__ void copy_tiles(const CUtensorMap *q_map, const CUtensorMap *k_map,
-                                           const CUtensorMap *v_map, Smem *sm, const Job &job, int head)
+                                           const CUtensorMap *rope_map, const CUtensorMap *v_map,
+                                           Smem *sm, const Job &job, int head)
 {
     uint32_t q_full = smem_addr(&sm->q_full);
     mbar_arrive_expect(q_full, 2 * TILE_BYTES);
@@ -135,6 +142,7 @@ __device__ __forceinline__ void copy_tiles(const CUtensorMap *q_map, const CUten
         mbar_wait(smem_addr(&sm->k_empty[stage]), parity);
         mbar_arrive_expect(k_full, TILE_BYTES);
         tma_load_4d(smem_addr(sm->k[stage]), k_map, k_full, 0, row, 0, head);
+        tma_load_2d(smem_addr(sm->k[stage]) + NOPE / 64 * LINES_BYTES, rope_map, k_full, 0, row);
         mbar_wait(smem_addr(&sm->v_empty[stage]), parity);
         mbar_arrive_expect(v_full, TILE_BYTES);
         tma_load_4d(smem_addr(sm->v[stage]), v_map, v_full, 0, row, 0, head);
@@ -247,6 +255,41 @@ __device__ __forceinline__ void zero_values(uint8_t *v, int n, int wg)
     named_sync(1 + wg, 128);
 }
 
+__device__ __forceinline__ uint32_t turned(uint32_t pair, float c, float s)
+{
+    __nv_bfloat162 x = *(__nv_bfloat162 *)&pair;
+    float a = __low2float(x), b = __high2float(x);
+    x = __floats2bfloat162_rn(a * c - b * s, b * c + a * s);
+    return *(uint32_t *)&x;
+}
+
+/* The last 64 columns of a warpgroup's queries, of which t0 is the first row: half a row a thread. Waits
+ * for the queries and the first keys while its angles are on their way. */
+__device__ __forceinline__ void turn_queries(const Params &p, uint8_t *q, int t0, int n_rows, int wg,
+                                             uint64_t *q_full, uint64_t *k_full, int k_parity)
+{
+    int row = threadIdx.x % 128 / 2, half = threadIdx.x % 2;
+    const float4 *from = p.turn + (t0 + min(row, n_rows - 1)) * 16 + half * 8; // two pairs each
+    float4 turn[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        turn[i] = __ldg(from + i);
+    mbar_wait(smem_addr(q_full), 0);
+    mbar_wait(smem_addr(k_full), k_parity);
+    if (row < n_rows) {
+        uint8_t *line = q + NOPE / 64 * LINES_BYTES + row * 128;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint4 *at = (uint4 *)(line + (((half * 4 + i) ^ (row & 7)) << 4)), v = *at;
+            float4 a = turn[2 * i], b = turn[2 * i + 1];
+            *at = make_uint4(turned(v.x, a.x, a.y), turned(v.y, a.z, a.w), turned(v.z, b.x, b.y),
+                             turned(v.w, b.z, b.w));
+        }
+    }
+    fence_async();
+    named_sync(1 + wg, 128);
+}
+
 __device__ __forceinline__ void attend(const Params &p, Smem *sm, const Job &job, int head)
 {
     int tid = threadIdx.x, wg = tid / 128, lane = tid % 32;
@@ -274,8 +317,8 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, const Job &job
     int seen = job.seen0 + row, column = lane % 4 * 2;
     if (t < job.n_tiles) {
         int base = job.seen_end - (t + 1) * KEYS;
-        mbar_wait(smem_addr(&sm->q_full), 0);
-        mbar_wait(smem_addr(&sm->k_full[t % STAGES]), t / STAGES & 1);
+        turn_queries(p, sm->q[wg], job.row0 + wg * 64, n_rows, wg, &sm->q_full,
+                     &sm->k_full[t % STAGES], t / STAGES & 1);
         scores(s, q, smem_addr(sm->k[t % STAGES]));
         wgmma_wait<0>();
         give(&sm->k_empty[t % STAGES]);
@@ -338,6 +381,7 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, const Job &job
 __global__ void __launch_bounds__(THREADS, 1)
     mla_prefill_kernel(const __grid_constant__ CUtensorMap q_map,
                        const __grid_constant__ CUtensorMap k_map,
+                       const __grid_constant__ CUtensorMap rope_map,
                        const __grid_constant__ CUtensorMap v_map, const Params p)
 {
     extern __shared__ uint8_t raw[];
@@ -348,6 +392,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == CONSUMERS) {
         tma_prefetch_map(&q_map);
         tma_prefetch_map(&k_map);
+        tma_prefetch_map(&rope_map);
         tma_prefetch_map(&v_map);
         mbar_init(smem_addr(&sm->q_full), 1);
         for (int i = 0; i < STAGES; i++) {
@@ -362,7 +407,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x >= CONSUMERS) {
         regs_shrink<24>();
         if (threadIdx.x == CONSUMERS)
-            copy_tiles(&q_map, &k_map, &v_map, sm, job, blockIdx.y);
+            copy_tiles(&q_map, &k_map, &rope_map, &v_map, sm, job, blockIdx.y);
     } else {
         regs_grow<240>();
         attend(p, sm, job, blockIdx.y);
@@ -385,13 +430,15 @@ encode_fn find_encode()
     return (encode_fn)fn;
 }
 
-/* [rows, heads, 256] as (64 columns, row, quarter, head), in boxes of 64 rows of one head. */
-bool encode_map(CUtensorMap *ret, const void *base, uint64_t rows, int heads)
+/* columns of each head's `width` of a [rows, heads, width] array that begin at base, as (64 columns, row,
+ * block of columns, head), in boxes of 64 rows of one head. */
+bool encode_map(CUtensorMap *ret, const cu_bf16 *base, uint64_t rows, int heads, int width, int columns)
 {
     static encode_fn encode = find_encode();
-    const cuuint64_t dims[4] = {64, rows, DIM / 64, (cuuint64_t)heads};
-    const cuuint64_t strides[3] = {(cuuint64_t)heads * DIM * 2, 128, DIM * 2};
-    const cuuint32_t box[4] = {64, 64, DIM / 64, 1}, steps[4] = {1, 1, 1, 1};
+    const cuuint32_t blocks = (cuuint32_t)columns / 64;
+    const cuuint64_t dims[4] = {64, rows, blocks, (cuuint64_t)heads};
+    const cuuint64_t strides[3] = {(cuuint64_t)heads * width * 2, 128, (cuuint64_t)width * 2};
+    const cuuint32_t box[4] = {64, 64, blocks, 1}, steps[4] = {1, 1, 1, 1};
     return encode &&
            encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)base, dims, strides, box, steps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -407,15 +454,17 @@ cudaError_t cu_mla_prefill(const struct cu_mla_prefill_args *a, cudaStream_t str
         return cudaSuccess;
     if (a->S < 0 || a->T < 0 || a->heads < 1 || a->heads > 65535)
         return cudaErrorInvalidValue;
-    CUtensorMap q_map, k_map, v_map;
+    CUtensorMap q_map, k_map, rope_map, v_map;
     const uint64_t unbounded = 1u << 28; // no copy goes past a sequence's end
-    if (!encode_map(&q_map, a->q, (uint64_t)a->T, a->heads) ||
-        !encode_map(&k_map, a->k, unbounded, a->heads) ||
-        !encode_map(&v_map, a->v, unbounded, a->heads))
+    if (!encode_map(&q_map, a->q, (uint64_t)a->T, a->heads, DIM, DIM) ||
+        !encode_map(&k_map, a->kv, unbounded, a->heads, KV_HEAD, NOPE) ||
+        !tensor_map_2d(&rope_map, a->k_rope, unbounded, 64, 64, KEYS) ||
+        !encode_map(&v_map, a->kv + NOPE, unbounded, a->heads, KV_HEAD, DIM))
         return cudaErrorInvalidValue;
     Params p;
     p.q_start = a->q_start;
     p.kv_start = a->kv_start;
+    p.turn = (const float4 *)a->turn;
     p.out = a->out;
     p.S = a->S;
     p.heads = a->heads;
@@ -432,7 +481,7 @@ cudaError_t cu_mla_prefill(const struct cu_mla_prefill_args *a, cudaStream_t str
         blocks = by_longest;
     if (blocks < 1)
         return cudaErrorInvalidValue;
-    mla_prefill_kernel<<<dim3((unsigned)blocks, a->heads), THREADS, smem, stream>>>(q_map, k_map, v_map,
-                                                                                   p);
+    mla_prefill_kernel<<<dim3((unsigned)blocks, a->heads), THREADS, smem, stream>>>(
+        q_map, k_map, rope_map, v_map, p);
     return cudaGetLastError();
 }

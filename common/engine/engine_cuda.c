@@ -73,7 +73,8 @@ struct engine_cuda {
     cu_bf16 *expert_h, *expert_y;            // [R(k+1), F], [R(k+1), H]
     cu_bf16 *joined;                         // [R, 2H]
     cu_bf16 *logit_rows;                     // [max_logits, H]
-    cu_bf16 *kv_latent, *kv_k, *kv_v;        // [expanded, 512], [expanded, h, 256] twice
+    cu_bf16 *kv_latent, *k_rope, *kv_up;     // [expanded, 512], [expanded, 64], [expanded, h, 448]
+    float *turn;                             // [R, 32, 2]
     float *logits, *draft_logits, *router_weight;
     int32_t *slot_token, *token_slot, *expert_start, *ids;
     int32_t *route_work, *moe_work;
@@ -143,8 +144,9 @@ static size_t parts(struct engine_cuda *c, char *base)
         {&c->joined, R * 2 * H * 2},
         {&c->logit_rows, L * H * 2},
         {&c->kv_latent, X * MLA_LATENT * 2},
-        {&c->kv_k, X * heads * MLA_QK * 2},
-        {&c->kv_v, X * heads * MLA_V * 2},
+        {&c->k_rope, X * MLA_ROPE * 2},
+        {&c->kv_up, X * heads * (MLA_NOPE + MLA_V) * 2},
+        {&c->turn, R * MLA_ROPE * 4},
         {&c->logits, L * V * 4},
         {&c->draft_logits, L * V * 4},
         {&c->router_weight, slots * 4},
@@ -283,22 +285,39 @@ static enum err take_memory(struct engine_cuda *c)
 /* Whether the kernels for few rows do a product. */
 static bool is_few(int T, int n_in) { return T <= 8 && n_in % 8 == 0; }
 
-/* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T, rows packed; y bf16, or fp32 for logits. */
+/* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T + beta y, rows packed; y bf16 or fp32. cuBLAS. */
+static enum err product_many(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, void *y,
+                             int T, int n_in, int n_out, cudaDataType_t type, float beta)
+{
+    const float one = 1;
+    if (T == 0)
+        return ERR_OK;
+    BLAS(cublasGemmEx(c->blas, CUBLAS_OP_T, CUBLAS_OP_N, n_out, T, n_in, &one, w, CUDA_R_16BF, n_in,
+                      x, CUDA_R_16BF, n_in, &beta, y, type, n_out, CUBLAS_COMPUTE_32F,
+                      CUBLAS_GEMM_DEFAULT));
+    return ERR_OK;
+}
+
+/* y[T, n_out] = x[T, n_in] w[n_out, n_in]^T, rows packed; y bf16 or fp32. */
 static enum err product(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, void *y, int T,
                         int n_in, int n_out, cudaDataType_t type)
 {
-    const float one = 1, zero = 0;
-    if (T == 0)
-        return ERR_OK;
-    if (is_few(T, n_in)) {
-        struct cu_dense_args a = {x, w, y, T, n_in, n_out, type == CUDA_R_32F};
-        CUDA(cu_dense(&a, c->stream));
-        return ERR_OK;
-    }
-    BLAS(cublasGemmEx(c->blas, CUBLAS_OP_T, CUBLAS_OP_N, n_out, T, n_in, &one, w, CUDA_R_16BF, n_in,
-                      x, CUDA_R_16BF, n_in, &zero, y, type, n_out, CUBLAS_COMPUTE_32F,
-                      CUBLAS_GEMM_DEFAULT));
+    if (T == 0 || !is_few(T, n_in))
+        return product_many(c, x, w, y, T, n_in, n_out, type, 0);
+    struct cu_dense_args a = {x, w, y, T, n_in, n_out, type == CUDA_R_32F};
+    CUDA(cu_dense(&a, c->stream));
     return ERR_OK;
+}
+
+/* The residual stream plus x[T, n_in] w[H, n_in]^T: added to it at once, or left in delta for the
+ * norm that follows to add; returns which. */
+static enum err product_add(struct engine_cuda *c, const cu_bf16 *x, const cu_bf16 *w, int T,
+                            int n_in, const float **ret_delta)
+{
+    int H = c->base.m->hidden;
+    *ret_delta = is_few(T, n_in) ? c->delta : NULL;
+    return *ret_delta ? product(c, x, w, c->delta, T, n_in, H, CUDA_R_32F)
+                      : product_many(c, x, w, c->residual, T, n_in, H, CUDA_R_32F, 1);
 }
 
 /* Per head h: y[t, h, 0..n_out) = x[t, h, 0..n_in) times w[h], which is [n_out, n_in] (turned) or
@@ -392,6 +411,32 @@ static void block_seq(struct engine_cuda *c, const struct batch *b, const struct
            sizeof(int32_t) * (size_t)((n_ctx + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS));
 }
 
+/* Sequences from s on whose slots fit the scratch of the expanded form together: how many, with how
+ * many slots. */
+static int expanded_group(const struct engine_cuda *c, const struct batch *b, int s, int *ret_slots)
+{
+    int n = 0, slots = 0;
+    while (s + n < b->n_seqs && slots + b->ctx_len[s + n] <= c->n_expanded)
+        slots += b->ctx_len[s + n++];
+    *ret_slots = slots;
+    return n;
+}
+
+/* Where each group's sequences start, in rows and in slots: n + 1 values from 2 s on, s its first.
+ */
+static void block_starts(struct engine_cuda *c, const struct batch *b)
+{
+    for (int s = 0, n, slots; s < b->n_seqs; s += n) {
+        n = expanded_group(c, b, s, &slots);
+        int32_t *q_start = c->q_start + 2 * s, *kv_start = c->kv_start + 2 * s;
+        q_start[0] = kv_start[0] = 0;
+        for (int i = 0; i < n; i++) {
+            q_start[i + 1] = b->seq_start[s + i + 1] - b->seq_start[s];
+            kv_start[i + 1] = kv_start[i] + b->ctx_len[s + i];
+        }
+    }
+}
+
 /* Fills the host block and sends it. Rows beyond the batch's own repeat its first sequence (its
  * first row): they compute and write what that one does, and read what the caches hold anyway. */
 static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
@@ -418,22 +463,11 @@ static enum err batch_upload(struct engine_cuda *c, const struct batch *b,
         int seq = i < b->n_seqs ? i : 0;
         block_seq(c, b, s, i, seq, b->ctx_len[seq]);
     }
+    if (s->form == FORM_EXPANDED)
+        block_starts(c, b);
     for (int i = 0; i < s->n_logits; i++)
         c->logit_row[i] = b->logit_row[i < b->n_logits ? i : 0];
     CUDA(cudaMemcpyAsync(c->dev, c->host, values * 4, cudaMemcpyHostToDevice, c->stream));
-    return ERR_OK;
-}
-
-/* RoPE of the query, into the absorbed query too where there is one. */
-static enum err query_turn(struct engine_cuda *c, const struct shape *s)
-{
-    struct cu_rope_q_args rope = {.q = c->q,
-                                  .absorbed = s->form == FORM_EXPANDED ? NULL : c->absorbed,
-                                  .position = on_device(c, c->position),
-                                  .T = s->n_rows,
-                                  .heads = c->base.m->n_heads,
-                                  .theta = c->base.m->rope_theta};
-    CUDA(cu_rope_q(&rope, c->stream));
     return ERR_OK;
 }
 
@@ -443,49 +477,35 @@ static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
 {
     const struct model_config *m = c->base.m;
     const struct layer_weights *l = &c->base.w->layers[layer];
-    const cu_bf16 *kv_b = weight(c, l->kv_b);
-    int heads = m->n_heads, wide = heads * MLA_QK, max_pages = shape->max_ctx / KV_PAGE_TOKENS;
-    TRY(query_turn(c, shape));
-    for (int s = 0; s < b->n_seqs;) {
-        int n = 0, slots = 0, max_q = 0;
-        int32_t *q_start = c->q_start + 2 * s, *kv_start = c->kv_start + 2 * s;
-        q_start[0] = kv_start[0] = 0;
-        while (s + n < b->n_seqs && slots + b->ctx_len[s + n] <= c->n_expanded) {
-            slots += b->ctx_len[s + n];
-            max_q = MAX(max_q, b->seq_start[s + n + 1] - b->seq_start[s + n]);
-            n++;
-            q_start[n] = b->seq_start[s + n] - b->seq_start[s];
-            kv_start[n] = slots;
-        }
-        size_t bytes = sizeof(int32_t) * (size_t)(n + 1);
-        CUDA(cudaMemcpyAsync(on_device(c, q_start), q_start, bytes, cudaMemcpyHostToDevice,
-                             c->stream));
-        CUDA(cudaMemcpyAsync(on_device(c, kv_start), kv_start, bytes, cudaMemcpyHostToDevice,
-                             c->stream));
+    int heads = m->n_heads, max_pages = shape->max_ctx / KV_PAGE_TOKENS;
+    for (int s = 0, n, slots; s < b->n_seqs; s += n) {
+        n = expanded_group(c, b, s, &slots);
+        int max_q = 0;
+        for (int i = s; i < s + n; i++)
+            max_q = MAX(max_q, b->seq_start[i + 1] - b->seq_start[i]);
+        const int32_t *kv_start = on_device(c, c->kv_start + 2 * s);
         struct cu_gather_kv_args g = {
             .pool = c->pool,
             .block_table = on_device(c, c->block_table + (int64_t)s * max_pages),
-            .kv_start = on_device(c, kv_start),
+            .kv_start = kv_start,
             .latent = c->kv_latent,
-            .k = c->kv_k,
+            .k_rope = c->k_rope,
             .S = n,
             .T_kv = slots,
-            .heads = heads,
             .max_pages = max_pages,
             .n_layers = c->base.kv_layers,
             .layer = layer,
         };
         CUDA(cu_gather_kv(&g, c->stream));
-        TRY(head_product(c, c->kv_latent, MLA_LATENT, 0, kv_b, true, c->kv_k, wide, MLA_QK, slots,
-                         MLA_LATENT, MLA_NOPE));
-        TRY(head_product(c, c->kv_latent, MLA_LATENT, 0, kv_b + MLA_NOPE * MLA_LATENT, true,
-                         c->kv_v, heads * MLA_V, MLA_V, slots, MLA_LATENT, MLA_V));
+        TRY(product(c, c->kv_latent, weight(c, l->kv_b), c->kv_up, slots, MLA_LATENT,
+                    heads * (MLA_NOPE + MLA_V), CUDA_R_16BF));
         struct cu_mla_prefill_args a = {
-            .q = c->q + (int64_t)b->seq_start[s] * wide,
-            .k = c->kv_k,
-            .v = c->kv_v,
-            .q_start = on_device(c, q_start),
-            .kv_start = on_device(c, kv_start),
+            .q = c->q + (int64_t)b->seq_start[s] * heads * MLA_QK,
+            .turn = c->turn + (int64_t)b->seq_start[s] * MLA_ROPE,
+            .kv = c->kv_up,
+            .k_rope = c->k_rope,
+            .q_start = on_device(c, c->q_start + 2 * s),
+            .kv_start = kv_start,
             .out = c->attention + (int64_t)b->seq_start[s] * heads * MLA_V,
             .S = n,
             .T = b->seq_start[s + n] - b->seq_start[s],
@@ -494,7 +514,6 @@ static enum err attention_expanded(struct engine_cuda *c, const struct batch *b,
             .scale = 1.f / 16,
         };
         CUDA(cu_mla_prefill(&a, c->stream));
-        s += n;
     }
     return ERR_OK;
 }
@@ -514,7 +533,13 @@ static enum err attention_absorbed(struct engine_cuda *c, const struct shape *s,
                                         .theta = c->base.m->rope_theta};
         CUDA(cu_absorb(&absorb, c->stream));
     } else {
-        TRY(query_turn(c, s));
+        struct cu_rope_q_args rope = {.q = c->q,
+                                      .absorbed = c->absorbed,
+                                      .position = on_device(c, c->position),
+                                      .T = T,
+                                      .heads = heads,
+                                      .theta = c->base.m->rope_theta};
+        CUDA(cu_rope_q(&rope, c->stream));
         TRY(head_product(c, c->q, heads * MLA_QK, MLA_QK, kv_b, false, c->absorbed,
                          heads * KV_WIDTH, KV_WIDTH, T, MLA_NOPE, MLA_LATENT));
     }
@@ -585,22 +610,19 @@ static enum err layer_run(struct engine_cuda *c, const struct batch *b, const st
         TRY(attention_expanded(c, b, s, layer));
     else
         TRY(attention_absorbed(c, s, layer));
-    TRY(product(c, c->attention, weight(c, l->o), c->delta, T, heads * MLA_V, H, CUDA_R_32F));
-
     struct cu_add_norm_args add = {.residual = c->residual,
-                                   .delta = c->delta,
                                    .w = weight(c, l->post_attention_norm),
                                    .out = c->norm,
                                    .T = T,
                                    .H = H,
                                    .eps = m->norm_eps};
+    TRY(product_add(c, c->attention, weight(c, l->o), T, heads * MLA_V, &add.delta));
     CUDA(cu_add_norm(&add, c->stream));
     if (l->mlp_gate) {
         TRY(product(c, c->norm, weight(c, l->mlp_gate), c->gate_up, T, H, 2 * m->intermediate,
                     CUDA_R_16BF));
         CUDA(cu_swiglu(c->gate_up, c->mlp, T, m->intermediate, c->stream));
-        TRY(product(c, c->mlp, weight(c, l->mlp_down), c->delta, T, m->intermediate, H,
-                    CUDA_R_32F));
+        TRY(product_add(c, c->mlp, weight(c, l->mlp_down), T, m->intermediate, &add.delta));
         add.w = weight(c, next_norm);
         add.out = next;
         CUDA(cu_add_norm(&add, c->stream));
@@ -663,8 +685,9 @@ static enum err head(struct engine_cuda *c, const struct shape *s, const bf16_t 
     const struct model_config *m = c->base.m;
     CUDA(cu_gather_rows(hidden, on_device(c, c->logit_row), c->logit_rows, s->n_logits, m->hidden,
                         c->stream));
-    return product(c, c->logit_rows, weight(c, w), logits, s->n_logits, m->hidden, m->vocab,
-                   CUDA_R_32F);
+    // long enough for cuBLAS to be at the memory's rate with few rows, too
+    return product_many(c, c->logit_rows, weight(c, w), logits, s->n_logits, m->hidden, m->vocab,
+                        CUDA_R_32F, 0);
 }
 
 /* All launches of a main pass. */
@@ -730,6 +753,9 @@ static enum err launch_draft(struct engine_cuda *c, const struct batch *b, const
 
 static enum err launch(struct engine_cuda *c, const struct batch *b, const struct shape *s)
 {
+    if (s->form == FORM_EXPANDED)
+        CUDA(cu_rope_table(on_device(c, c->position), c->turn, s->n_rows, c->base.m->rope_theta,
+                           c->stream));
     return s->draft ? launch_draft(c, b, s) : launch_forward(c, b, s);
 }
 

@@ -229,6 +229,62 @@ static void queries_turn(void)
     free_arrays();
 }
 
+static void angles_are_tabled(void)
+{
+    enum { T = 13 };
+    int32_t *position = array(T * 4);
+    float *table = array(T * MLA_ROPE * 4);
+    for (int t = 0; t < T; t++)
+        position[t] = t * t * 1300;
+    copy_arrays(cudaMemcpyHostToDevice);
+    CUDA(cu_rope_table(dev(position), dev(table), T, THETA, stream));
+    copy_arrays(cudaMemcpyDeviceToHost);
+    double worst = 0;
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < MLA_ROPE / 2; i++) {
+            double x[MLA_ROPE] = {0};
+            x[2 * i] = 1;
+            turn(x, position[t]);
+            worst = fmax(worst, fabs(table[t * MLA_ROPE + 2 * i] - x[2 * i]));
+            worst = fmax(worst, fabs(table[t * MLA_ROPE + 2 * i + 1] - x[2 * i + 1]));
+        }
+    printf("largest error %.2g\n", worst);
+    CHECK_NEAR(worst, 0, 0.02); // a fp32 angle of 187,200 is right within 2^-7
+    free_arrays();
+}
+
+/* Sequences of 70 and 3 slots in shuffled pages, packed. */
+static void latents_are_gathered(void)
+{
+    enum { PAGES = 3, LAYERS = 2, LAYER = 1, N = 73, MAX_P = 2 };
+    bf16_t *pool = random_bf16(PAGES * LAYERS * KV_PAGE_TOKENS * KV_WIDTH);
+    bf16_t *latent = array(N * MLA_LATENT * 2), *k_rope = array(N * MLA_ROPE * 2);
+    int32_t *table = array(4 * 4), *start = array(3 * 4);
+    memcpy(table, (int32_t[]){2, 0, 1, -1}, 16);
+    memcpy(start, (int32_t[]){0, 70, N}, 12);
+    copy_arrays(cudaMemcpyHostToDevice);
+    struct cu_gather_kv_args a = {.pool = dev(pool),
+                                  .block_table = dev(table),
+                                  .kv_start = dev(start),
+                                  .latent = dev(latent),
+                                  .k_rope = dev(k_rope),
+                                  .S = 2,
+                                  .T_kv = N,
+                                  .max_pages = MAX_P,
+                                  .n_layers = LAYERS,
+                                  .layer = LAYER};
+    CUDA(cu_gather_kv(&a, stream));
+    copy_arrays(cudaMemcpyDeviceToHost);
+    for (int i = 0; i < N; i++) {
+        int s = i >= 70, slot = i - start[s], page = table[s * MAX_P + slot / KV_PAGE_TOKENS];
+        const bf16_t *want =
+            pool + ((page * LAYERS + LAYER) * KV_PAGE_TOKENS + slot % KV_PAGE_TOKENS) * KV_WIDTH;
+        CHECK(!memcmp(latent + i * MLA_LATENT, want, MLA_LATENT * 2));
+        CHECK(!memcmp(k_rope + i * MLA_ROPE, want + MLA_LATENT, MLA_ROPE * 2));
+    }
+    free_arrays();
+}
+
 static void experts_add_up(void)
 {
     const int shapes[][2] = {{2048, 4}, {264, 3}, {8192, 4}, {64, 1}}; // H, k
@@ -291,6 +347,8 @@ int main(void)
     RUN(adds_and_norms);
     RUN(norms_and_writes_slots);
     RUN(queries_turn);
+    RUN(angles_are_tabled);
+    RUN(latents_are_gathered);
     RUN(experts_add_up);
     return check_done();
 }

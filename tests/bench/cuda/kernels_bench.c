@@ -162,7 +162,8 @@ static void moe_check(const struct cu_moe_args *a, double *ret_h, double *ret_y)
 
 static void bench_moe(void)
 {
-    const int sizes[] = {1, 8, 32, 64, 128, 256, 512, 2048, 8192}, most = 8192;
+    const int sizes[] = {1, 8, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 2048, 8192},
+              most = 8192;
     size_t slots = (size_t)most * (K + 1), w = (size_t)(E + 1) * F * H;
     struct moe m = {0};
     uint16_t *x = filled((size_t)most * H, 1), *router = filled((size_t)E * H, 1.f / 32);
@@ -317,9 +318,12 @@ static void bench_prefill(void)
         int32_t *d = device(sizeof(start));
         CHECK(cudaMemcpy(d, start, sizeof(start), cudaMemcpyHostToDevice));
         size_t size = (size_t)T * HEADS * 256;
+        float *turn = device((size_t)T * 64 * 4);
+        CHECK(cudaMemset(turn, 0, (size_t)T * 64 * 4)); // any angle costs the same
         struct cu_mla_prefill_args a = {.q = filled(size, 1),
-                                        .k = filled(size, 1),
-                                        .v = filled(size, 1),
+                                        .turn = turn,
+                                        .kv = filled((size_t)T * HEADS * 448, 1),
+                                        .k_rope = filled((size_t)T * 64, 1),
                                         .q_start = d,
                                         .kv_start = d,
                                         .out = device(size * 2),
@@ -332,8 +336,9 @@ static void bench_prefill(void)
         double flop = (double)S * HEADS * n * (n + 1) / 2 * 256 * 4;
         printf("%4d x %5d: %9.1f (%6.1f)\n", S, n, us, flop / us / 1e6);
         CHECK(cudaFree((void *)a.q));
-        CHECK(cudaFree((void *)a.k));
-        CHECK(cudaFree((void *)a.v));
+        CHECK(cudaFree((void *)a.kv));
+        CHECK(cudaFree((void *)a.k_rope));
+        CHECK(cudaFree(turn));
         CHECK(cudaFree(a.out));
         CHECK(cudaFree(d));
     }

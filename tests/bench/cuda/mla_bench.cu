@@ -30,6 +30,8 @@
 #define WIDTH  576
 #define LATENT 512
 #define DIM    256
+#define NOPE   192
+#define ROPE   64
 #define PAGE   64
 #define SCALE  (1.f / 16.f)
 #define POISON 0x7fff /* a NaN */
@@ -159,12 +161,18 @@ __global__ void prefill_ref(cu_mla_prefill_args a, float *out)
         s++;
     int n = a.kv_start[s + 1] - a.kv_start[s] - (a.q_start[s + 1] - 1 - t);
     const bf16 *q = (const bf16 *)a.q + ((int64_t)t * a.heads + h) * DIM;
-    const bf16 *k = (const bf16 *)a.k + ((int64_t)a.kv_start[s] * a.heads + h) * DIM;
-    const bf16 *v = (const bf16 *)a.v + ((int64_t)a.kv_start[s] * a.heads + h) * DIM;
+    int64_t stride = (int64_t)a.heads * (NOPE + DIM);
+    const bf16 *k = (const bf16 *)a.kv + a.kv_start[s] * stride + h * (NOPE + DIM), *v = k + NOPE;
+    const bf16 *k_rope = (const bf16 *)a.k_rope + (int64_t)a.kv_start[s] * ROPE;
+    float c = a.turn[((int64_t)t * 32 + lane) * 2], sine = a.turn[((int64_t)t * 32 + lane) * 2 + 1];
+    float q0 = __bfloat162float(q[NOPE + 2 * lane]), q1 = __bfloat162float(q[NOPE + 2 * lane + 1]);
+    float q_turned[2] = {q0 * c - q1 * sine, q1 * c + q0 * sine};
     for (int j = threadIdx.x / 32; j < n; j += blockDim.x / 32) {
         float dot = 0;
-        for (int c = lane; c < DIM; c += 32)
-            dot += __bfloat162float(q[c]) * __bfloat162float(k[(int64_t)j * a.heads * DIM + c]);
+        for (int c = lane; c < NOPE; c += 32)
+            dot += __bfloat162float(q[c]) * __bfloat162float(k[j * stride + c]);
+        for (int i = 0; i < 2; i++)
+            dot += q_turned[i] * __bfloat162float(k_rope[(int64_t)j * ROPE + 2 * lane + i]);
         dot = warp_sum(dot);
         if (lane == 0)
             score[j] = dot * a.scale;
@@ -174,7 +182,7 @@ __global__ void prefill_ref(cu_mla_prefill_args a, float *out)
     for (int c = threadIdx.x; c < DIM; c += blockDim.x) {
         float x = 0;
         for (int j = 0; j < n; j++)
-            x += score[j] * __bfloat162float(v[(int64_t)j * a.heads * DIM + c]);
+            x += score[j] * __bfloat162float(v[j * stride + c]);
         out[((int64_t)t * a.heads + h) * DIM + c] = x / sum;
     }
 }
@@ -336,24 +344,31 @@ static prefill_case prefill_make(const std::vector<seq> &seqs, int heads)
     c.a.heads = heads;
     c.a.scale = SCALE;
     c.n_q = (size_t)c.a.T * heads * DIM;
-    c.n_kv = (size_t)kv_start.back() * heads * DIM;
+    c.n_kv = (size_t)kv_start.back() * heads * (NOPE + DIM);
+    std::vector<float> turn;
+    for (int i = 0; i < c.a.T * ROPE / 2; i++) {
+        double angle = (double)(rng() % 100000) / 1000;
+        turn.push_back((float)cos(angle));
+        turn.push_back((float)sin(angle));
+    }
     c.a.q = device_alloc<uint16_t>(c.n_q);
-    c.a.k = device_alloc<uint16_t>(c.n_kv);
-    c.a.v = device_alloc<uint16_t>(c.n_kv);
+    c.a.kv = device_alloc<uint16_t>(c.n_kv);
+    c.a.k_rope = device_alloc<uint16_t>((size_t)kv_start.back() * ROPE);
+    c.a.turn = device_copy(turn);
     c.a.out = device_alloc<uint16_t>(c.n_q);
     c.a.q_start = device_copy(q_start);
     c.a.kv_start = device_copy(kv_start);
     noise_into(c.a.q, c.n_q);
-    noise_into(c.a.k, c.n_kv);
-    noise_into(c.a.v, c.n_kv);
+    noise_into(c.a.kv, c.n_kv);
+    noise_into(c.a.k_rope, (size_t)kv_start.back() * ROPE);
     poison(c.a.out, c.n_q);
     return c;
 }
 
 static void prefill_free(const prefill_case &c)
 {
-    for (const void *p : {(const void *)c.a.q, (const void *)c.a.k, (const void *)c.a.v,
-                          (const void *)c.a.out, (const void *)c.a.q_start, (const void *)c.a.kv_start})
+    for (const void *p : {(const void *)c.a.q, (const void *)c.a.kv, (const void *)c.a.k_rope,
+                          (const void *)c.a.turn, (const void *)c.a.out, (const void *)c.a.q_start, (const void *)c.a.kv_start})
         CHECK(cudaFree((void *)p));
 }
 

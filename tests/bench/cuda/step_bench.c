@@ -15,6 +15,14 @@
  *   wide expert tiles of 192 tokens      4.15   9.5  18.3  20.5  22.9  26.2  33.5     114
  *   LightLLM's tuned engine              6.51  12.7  21.9  25.1  26.4  28.7  34.9     137
  *   every byte read once at 3.0 TB/s     2.40   8.8  17.8  20.3  21.4  23.0  26.8      70
+ *
+ * H200 (4.3 TB/s), the same              3.68   7.7  14.6  15.8  17.5  20.1  26.3           109
+ *   two warpgroups share x from 128
+ *   tokens on (moe_gemm.cu); keys and
+ *   values by one product, queries
+ *   turned in attention, o_proj and down
+ *   add to the residual themselves       3.68   7.6  14.7  15.8  17.3  19.8  25.1           106
+ *   every byte read once at 4.3 TB/s     1.68   6.1  12.4  14.2  14.9  16.0  18.7            70
  * The host's part is 0.02 to 0.15 ms of a step.
  */
 #include <cuda_profiler_api.h>
@@ -132,24 +140,35 @@ static void draw(int n)
  * k + 1 tokens and the first draft, k - 1 more drafts, verification, greedy draws. */
 static void mtp_step(int n_seqs, int k)
 {
-    double ms[N_RUNS];
+    enum { SLOTS, MORE, VERIFY, DRAW, ALL, N_PARTS };
+    double ms[N_PARTS][N_RUNS], discard[N_PARTS];
     struct batch last = batch_of(n_seqs, k + 1, CTX, true); // whose hidden states drafts start from
     CHECK_OK(engine_forward(engine, &last));
     for (int i = -2; i < N_RUNS; i++) {
-        uint64_t begin = clock_now_us();
+        uint64_t at[N_PARTS] = {clock_now_us()};
         struct batch b = batch_of(n_seqs, k + 1, CTX, false);
         CHECK_OK(engine_draft(engine, &b, hidden, ids));
+        at[MORE] = clock_now_us();
         b = batch_of(n_seqs, 1, CTX, true);
         for (int j = 1; j < k; j++)
             CHECK_OK(engine_draft(engine, &b, hidden, ids));
+        at[VERIFY] = clock_now_us();
         b = batch_of(n_seqs, k + 1, CTX, true);
         CHECK_OK(engine_forward(engine, &b));
+        at[DRAW] = clock_now_us();
         draw(b.n_logits);
-        if (i >= 0)
-            ms[i] = (double)(clock_now_us() - begin) / 1000;
+        at[ALL] = clock_now_us();
+        for (int p = 0; p < N_PARTS; p++)
+            *(i < 0 ? &discard[p] : &ms[p][i]) =
+                (double)(p == ALL ? at[ALL] - at[0] : at[p + 1] - at[p]) / 1000;
     }
-    qsort(ms, N_RUNS, sizeof(ms[0]), by_value);
-    printf("MTP step k = %d, batch %3d, context %d: %6.2f ms\n", k, n_seqs, CTX, ms[N_RUNS / 2]);
+    for (int p = 0; p < N_PARTS; p++)
+        qsort(ms[p], N_RUNS, sizeof(ms[p][0]), by_value);
+    printf(
+        "MTP step k = %d, batch %3d, context %d: %6.2f ms (slots and first draft %.2f, more drafts "
+        "%.2f, verification %.2f, draws %.2f)\n",
+        k, n_seqs, CTX, ms[ALL][N_RUNS / 2], ms[SLOTS][N_RUNS / 2], ms[MORE][N_RUNS / 2],
+        ms[VERIFY][N_RUNS / 2], ms[DRAW][N_RUNS / 2]);
 }
 
 /* One prompt in chunks. */
