@@ -277,6 +277,9 @@ static enum err take_memory(struct engine_cuda *c)
     BLAS(cublasCreate(&c->blas));
     BLAS(cublasSetStream(c->blas, c->stream));
     BLAS(cublasSetWorkspace(c->blas, c->blas_work, WORKSPACE));
+    // parts of a split sum stay fp32 where the output is bf16
+    BLAS(cublasSetMathMode(c->blas,
+                           CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     return ERR_OK;
 }
 

@@ -258,6 +258,8 @@ static void draws_are_the_references(void)
                  {3072, 40, 60}, {20001, 20, 20}, {154880, 8, 80}};
     for (size_t s = 0; s < ARRAY_LEN(sizes); s++) {
         int rounds = (sizes[s].rounds * percent + 99) / 100, before = n_rows;
+        if (percent < 100 && sizes[s].V > 4000 && s + 1 < ARRAY_LEN(sizes))
+            continue;
         n_wrong_ids = n_wrong_tops = 0;
         worst_logprob = 0;
         for (int i = 0; i < rounds; i++) {

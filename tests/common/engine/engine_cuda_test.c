@@ -2,8 +2,8 @@
  * where there is no device.
  *
  *   engine_cuda_test [cuda:N]
- *   engine_cuda_test --short    three cases, nine tokens each: every kernel runs, for tools that
- *                               slow a GPU down a hundred times (tests/device/sanitize)
+ *   engine_cuda_test --short    two short cases, four tokens each: every kernel runs, for tools
+ * that slow a GPU down a hundred times (tests/device/sanitize)
  */
 #include "common/engine/engine.h"
 
@@ -17,10 +17,13 @@
 #define MAX_SEQS  16
 #define MAX_PAGES 16
 #define N_PAGES   (MAX_SEQS * MAX_PAGES)
+#define MAX_TIES  8
 #define MARGIN    0.3 /* smaller gaps between the two best logits are bf16 noise */
-/* Of a logit, against fp32. Transformers in bf16 is up to 0.79 away (case long; 0.18 in baton, 0.16
- * in json, less elsewhere); this engine 0.17 (json). */
-#define TOLERANCE 0.2
+/* Of a logit, against fp32. Where two experts are closer than the noise of bf16, either is right: a
+ * case may be near what the model says with the other one of one such tie. (In json, keys that are
+ * bf16 in the pages and nothing else rounded turn a tie of 9e-5, worth 0.18; transformers in bf16
+ * turns one in long, worth 0.79.) */
+#define TOLERANCE 0.15
 
 static struct weights *weights;
 static struct kv_pool *pool;
@@ -89,9 +92,16 @@ static void logits_near_the_goldens(void)
     double worst = 0;
     for (int i = 0; i < n_cases; i++) {
         const struct golden_case *c = &cases[i];
-        const float *want = golden_tensor(c->name, "logits_last4");
+        REQUIRE(c->n_ties < MAX_TIES);
+        const float *want[1 + MAX_TIES] = {golden_tensor(c->name, "logits_last4")};
+        for (int t = 0; t < c->n_ties; t++) {
+            char what[32];
+            snprintf(what, sizeof(what), "logits_last4_tie%d", t);
+            want[1 + t] = golden_tensor(c->name, what);
+        }
         for (int chunk = 100; chunk <= MAX_ROWS; chunk += MAX_ROWS - 100) {
-            int last = 0;
+            double d[1 + MAX_TIES] = {0};
+            int last = 0, best = 0;
             for (int at = 0; at < c->n_prompt; at += chunk) {
                 last = at;
                 forward_one(0, at, c->seq + at, MIN(chunk, c->n_prompt - at));
@@ -101,11 +111,16 @@ static void logits_near_the_goldens(void)
                 if (row < 0)
                     continue;
                 CHECK_OK(engine_read_logits(engine, false, row, logits));
-                double d = largest_difference(logits, want + k * V, V);
-                if (!(d <= TOLERANCE) || getenv("VERBOSE"))
-                    fprintf(stderr, "%s: chunk %d, row %d: %.3f\n", c->name, chunk, row, d);
-                worst = fmax(worst, d);
+                for (int w = 0; w <= c->n_ties; w++)
+                    d[w] = fmax(d[w], largest_difference(logits, want[w] + k * V, V));
             }
+            for (int w = 1; w <= c->n_ties; w++)
+                best = d[w] < d[best] ? w : best;
+            if (best || d[best] > TOLERANCE)
+                printf("%s, chunks of %d: %.3f from the goldens, %.3f with the other expert of tie "
+                       "%d\n",
+                       c->name, chunk, d[0], d[best], best - 1);
+            worst = fmax(worst, d[best]);
         }
     }
     printf("largest difference of a logit: %.3f\n", worst);
@@ -159,7 +174,7 @@ static void greedy_text_is_the_goldens(void)
     }
     printf("%d tokens compared, %d wrong\n", n_compared, n_wrong);
     CHECK_INT(n_wrong, 0);
-    CHECK(n_compared > (is_short ? 10 : 200));
+    CHECK(n_compared > (is_short ? 4 : 200));
 }
 
 /* Windows as verification makes them give what single rows give, up to noise. */
@@ -174,7 +189,7 @@ static void windows_agree_with_single_rows(void)
     REQUIRE(alone && window);
     double worst = 0;
     forward_one(0, 0, c->seq, c->n_prompt);
-    for (int n = 2; n <= 8; n++) {
+    for (int n = 2; n <= MIN(8, c->n_greedy - 1); n++) {
         for (int i = 0; i < n; i++) {
             forward_one(0, c->n_prompt + i, c->seq + c->n_prompt + i, 1);
             CHECK_OK(engine_read_logits(engine, false, 0, alone + i * V));
@@ -366,19 +381,18 @@ static void memory_is_shared(void)
     CHECK_INT(device_alloc(device, 1ull << 45, &one), ERR_NOMEM);
 }
 
-/* Keeps the longest prompt and two more, each with the first tokens of its text. */
+/* Keeps two cases, one long enough for the expanded form of attention, each with the first tokens
+ * of its text. */
 static void shorten(void)
 {
-    for (int i = 1; i < n_cases; i++) {
-        if (cases[i].n_prompt > cases[0].n_prompt) {
-            struct golden_case first = cases[0];
-            cases[0] = cases[i];
-            cases[i] = first;
-        }
-    }
-    n_cases = 3;
+    int n = 0;
+    for (int i = 0; i < n_cases && n < 2; i++)
+        if (n == 0 ? cases[i].n_prompt >= 20 && cases[i].n_prompt <= 40 : cases[i].n_prompt < 16)
+            cases[n++] = cases[i];
+    REQUIRE(n == 2);
+    n_cases = n;
     for (int i = 0; i < n_cases; i++)
-        cases[i].n_greedy = MIN(cases[i].n_greedy, 9); // a window of 8 and the token before it
+        cases[i].n_greedy = MIN(cases[i].n_greedy, 4);
 }
 
 int main(int argc, char **argv)

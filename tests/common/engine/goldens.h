@@ -11,6 +11,7 @@ struct golden_case {
     const char *name;
     int32_t *seq; // prompt, then greedy continuation
     int n_prompt, n_greedy;
+    int n_ties; // routing ties with logits of their own: see tests/oracle/goldens.py
     double margin, mean_accepted[N_DRAFTS];
     const json_t *drafts;
 };
@@ -52,6 +53,7 @@ static void goldens_open(void)
             c->seq[c->n_prompt + i] =
                 (int32_t)json_integer_value(json_array_get(greedy, (size_t)i));
         c->margin = json_number_value(json_object_get(v, "min_margin"));
+        c->n_ties = (int)json_array_size(json_object_get(v, "routing_ties"));
         c->drafts = json_object_get(v, "drafts");
         for (int k = 0; k < N_DRAFTS; k++)
             c->mean_accepted[k] = json_number_value(json_object_get(
