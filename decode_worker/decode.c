@@ -2,9 +2,11 @@
  *
  * States and rules of a stream: stream.h. Each turn of the loop reads the mail, grants pages to
  * waiting attempts in order of arrival, and runs one step over everything that is running
- * (speculate.h). When a running stream needs a page and none is free, the youngest running one is
- * preempted: its pages are freed and the router is told PREEMPTED; it submits the request again
- * with the tokens so far, and the sampling rule makes the text go on as if nothing had happened.
+ * (speculate.h). Mail that comes while the step computes is dealt with then (attend): transfers
+ * start and end beside it, and whoever is complete before its end is in the next one. When a
+ * running stream needs a page and none is free, the youngest running one is preempted: its pages
+ * are freed and the router is told PREEMPTED; it submits the request again with the tokens so far,
+ * and the sampling rule makes the text go on as if nothing had happened.
  */
 #include "decode_worker/decode.h"
 
@@ -178,7 +180,9 @@ static void stream_fail(struct decode *d, struct stream *st, enum err code, cons
 /* The attempt is not wanted any more. Reserved pages stay until nothing can write them. */
 static void stream_cancel(struct decode *d, struct stream *st)
 {
-    if (st->state == STREAM_RESERVED) {
+    if (st->in_step)
+        st->cancelled = true;
+    else if (st->state == STREAM_RESERVED) {
         set_state(d, st, STREAM_ZOMBIE);
         settle(d, st);
     } else if (st->state != STREAM_ZOMBIE) {
@@ -388,7 +392,7 @@ static void settle(struct decode *d, struct stream *st)
 static void on_up(void *user, uint64_t instance)
 {
     (void)user;
-    (void)instance; // the loop grants on every turn
+    (void)instance; // pages are granted after every mail
 }
 
 static void on_received(void *user, uint64_t req_id, uint32_t attempt)
@@ -670,15 +674,21 @@ static void fail_grammar(struct decode *d, struct stream *st)
                 "the output could not be held to its grammar any longer");
 }
 
-/* Takes the streams whose grammar went wrong out of the batch. Returns how many are left. */
+/* The step is over: what was put off for its sake is done, and streams whose grammar went wrong
+ * leave. Returns how many are left in the batch. */
 static int sift_batch(struct decode *d, int n)
 {
     int kept = 0;
-    for (int i = 0; i < n; i++)
-        if (d->batch[i]->constraint_err == ERR_OK)
-            d->batch[kept++] = d->batch[i];
+    for (int i = 0; i < n; i++) {
+        struct stream *st = d->batch[i];
+        st->in_step = false;
+        if (st->cancelled)
+            stream_end(d, st);
+        else if (st->constraint_err != ERR_OK)
+            fail_grammar(d, st);
         else
-            fail_grammar(d, d->batch[i]);
+            d->batch[kept++] = st;
+    }
     return kept;
 }
 
@@ -688,8 +698,10 @@ static bool step(struct decode *d)
     make_room(d);
     int n = 0;
     for (struct stream *st = d->streams; st; st = st->next)
-        if (st->state == STREAM_RUNNING)
+        if (st->state == STREAM_RUNNING) {
+            st->in_step = true;
             d->batch[n++] = st;
+        }
     if (n == 0) {
         d->step_end_us = 0;
         return false;
@@ -709,6 +721,7 @@ static bool step(struct decode *d)
             worker_quit(d->worker, 1, err_text(err));
             return false;
         }
+        n = sift_batch(d, n);
         for (int i = 0; i < n; i++)
             stream_fail(d, d->batch[i], err, err_meaning(err));
         return true;
@@ -747,6 +760,18 @@ static bool step(struct decode *d)
     return true;
 }
 
+/* While the device computes. One mail at a time, so that the end of the pass is noticed. */
+static void attend(void *decode, uint64_t wait_us)
+{
+    struct decode *d = decode;
+    struct mail *m = worker_mail_meanwhile(d->worker, wait_us);
+    if (!m)
+        return;
+    on_mail(d, m);
+    free(m);
+    grant(d);
+}
+
 static void update_beat(struct decode *d)
 {
     struct kv_counts c = kv_pool_counts(d->pool);
@@ -771,6 +796,7 @@ void decode_run(void *decode)
 {
     struct decode *d = decode;
     uint64_t wait_us = 0;
+    engine_set_meanwhile(d->config.engine, attend, d);
     while (!d->stop) {
         struct mail *m;
         while ((m = worker_mail_next(d->worker, wait_us))) {

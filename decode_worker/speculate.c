@@ -151,7 +151,7 @@ static enum err draft_next(struct speculate *s, struct stream **streams, int n, 
     return ERR_OK;
 }
 
-static enum err verify(struct speculate *s, struct stream **streams, int n)
+static enum err verify_start(struct speculate *s, struct stream **streams, int n)
 {
     struct batch b = batch_begin(s, streams, n);
     for (int i = 0; i < n; i++) {
@@ -164,7 +164,7 @@ static enum err verify(struct speculate *s, struct stream **streams, int n)
         }
         batch_end_seq(s, &b, st, st->n_ctx + st->n_draft + 1);
     }
-    return engine_forward(s->config.engine, &b);
+    return engine_start(s->config.engine, &b);
 }
 
 static void keep_draw(struct stream *st, uint32_t j, int32_t id, float logprob,
@@ -265,8 +265,9 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
         for (uint32_t step = 1; any && step < s->config.mtp_step; step++)
             TRY(draft_next(s, streams, n, step, &any));
     }
-    TRY(verify(s, streams, n));
-    masks(s, streams, n);
+    TRY(verify_start(s, streams, n));
+    masks(s, streams, n); // while the device computes
+    TRY(engine_wait(s->config.engine));
     TRY(draw(s, streams, n));
     for (int i = 0; s->config.simulated > 0 && i < n; i++)
         if (!streams[i]->constraint) // behind a draft that does not fit nothing was masked

@@ -10,7 +10,9 @@
  * 1. RESERVED and ZOMBIE pages may be written by a transfer at any moment: they are freed only
  * after the prefill worker said READY or RELEASE and every announced transfer ended, or after its
  * pair was aborted.
- * 2. A RUNNING stream has n_ctx KV slots of the main model and n_ctx - n_pending of the MTP layer;
+ * 2. Mail is read while a step computes, too. A stream of that step (in_step) stays as it is: what
+ * would end it is remembered (cancelled) until the step is over.
+ * 3. A RUNNING stream has n_ctx KV slots of the main model and n_ctx - n_pending of the MTP layer;
  *    `token` is drawn, sent, and not in the cache yet.
  */
 #ifndef BATON_STREAM_H
@@ -45,6 +47,7 @@ struct stream {
     uint32_t want_transfers;                // as READY said
     uint64_t checksum;
 
+    bool in_step, cancelled;
     uint32_t n_ctx;
     int32_t token;
     uint32_t n_pending; // MTP slots to make from true hidden states: n_ctx - n_pending .. n_ctx - 1

@@ -6,12 +6,16 @@
  *
  * Each turn of the loop reads the mail, starts what fits the pool, packs one chunk out of several
  * prompts (packing.h), computes it, and pushes the pages it completed while the next one computes.
+ * Mail that comes while a chunk computes is dealt with then (attend): whoever was waiting for a
+ * grant or a peer is pushed at once.
  *
  * 1. The first token leaves for the router before the MTP layer runs: TTFT does not wait for it.
  * 2. For every SUBMIT that names a decode worker, exactly one of READY and RELEASE goes to it (as
  *    long as the link lives): the decode side frees pages only on one of them.
  * 3. GRANT and SUBMIT travel on different links: a grant may come first and is kept for a while.
- * 4. Pages are immutable once their rows are computed, so checksums and transfers need no copy.
+ * 4. A prompt of the chunk that computes (in_chunk) is not ended before that chunk: cancelled and
+ *    failed are looked at afterwards.
+ * 5. Pages are immutable once their rows are computed, so checksums and transfers need no copy.
  */
 #include "prefill_worker/prefill.h"
 
@@ -53,7 +57,9 @@ struct prompt {
     uint32_t n_transfers;
     uint32_t n_grant; // 0: none yet
     bool ready_sent;  // READY went out: RELEASE must not follow
-    bool failed;      // swept at the end of the turn
+    bool in_chunk;    // the chunk that computes has rows of it
+    bool cancelled;   // nobody wants it any more: swept without a word
+    bool failed;      // swept after mail and chunks
     enum err fail_code;
     uint64_t checksum;
     uint64_t arrival_us, start_us;
@@ -172,7 +178,7 @@ enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
 static struct prompt *prompt_find(struct prefill *p, uint64_t req_id)
 {
     for (struct prompt *q = p->prompts; q; q = q->next)
-        if (q->req_id == req_id)
+        if (q->req_id == req_id && !q->cancelled)
             return q;
     return NULL;
 }
@@ -221,20 +227,31 @@ static void prompt_end(struct prefill *p, struct prompt *gone)
     p->starved = false;
 }
 
+/* The attempt is not wanted any more. */
+static void prompt_cancel(struct prefill *p, struct prompt *q)
+{
+    if (q->in_chunk)
+        q->cancelled = true;
+    else
+        prompt_end(p, q);
+}
+
 static void prompt_fail(struct prompt *q, enum err code)
 {
     q->failed = true;
     q->fail_code = code;
 }
 
-/* Ends the prompts that failed in this turn and tells the router. */
+/* Ends the prompts that failed, and tells the router, and those that were cancelled; but none of
+ * the chunk that computes. */
 static void sweep(struct prefill *p)
 {
     for (struct prompt *q = p->prompts, *next; q; q = next) {
         next = q->next;
-        if (!q->failed)
+        if (q->in_chunk || (!q->failed && !q->cancelled))
             continue;
-        send_failed(p, q->req_id, q->attempt, q->fail_code, err_meaning(q->fail_code));
+        if (!q->cancelled)
+            send_failed(p, q->req_id, q->attempt, q->fail_code, err_meaning(q->fail_code));
         prompt_end(p, q);
     }
 }
@@ -290,7 +307,7 @@ static void on_submit(struct prefill *p, const struct wire_msg *m)
         return;
     }
     if (old)
-        prompt_end(p, old);
+        prompt_cancel(p, old);
 
     const int32_t *ids = m->tail;
     enum err code = ERR_OK;
@@ -446,7 +463,7 @@ static void start_prompts(struct prefill *p)
 /* Announces the pages that are complete and granted; READY after the last. */
 static void push(struct prefill *p, struct prompt *q)
 {
-    if (!q->peer || q->failed || q->ready_sent || !q->n_grant ||
+    if (!q->peer || q->failed || q->cancelled || q->ready_sent || !q->n_grant ||
         !handoff_out_up(p->handoff, q->peer))
         return;
     if (q->n_grant != q->n_pages) {
@@ -628,12 +645,50 @@ static void fail_parts(struct prefill *p, uint32_t n_parts, enum err err)
         prompt_fail(p->part[i], err);
 }
 
+/* First tokens of the prompts that the chunk completes. */
+static void sample_parts(struct prefill *p, uint32_t n_parts)
+{
+    int logit = 0;
+    for (uint32_t i = 0; i < n_parts; i++) {
+        struct prompt *q = p->part[i];
+        if (q->n_done + p->part_tokens[i] < q->n_ids)
+            continue;
+        int row = logit++;
+        if (q->failed || q->cancelled)
+            continue;
+        enum err err = sample_first(p, q, row);
+        if (err == ERR_OK && p->mtp && q->peer) {
+            q->hidden = malloc((size_t)p->model->hidden * sizeof(float));
+            err = q->hidden ? engine_export_hidden(p->engine, p->logit_row[row], q->hidden)
+                            : ERR_NOMEM;
+        }
+        if (err != ERR_OK) {
+            prompt_fail(q, err);
+            continue;
+        }
+        q->finish = worker_finish(&q->sampling, p->model, q->token, q->n_emitted + 1);
+        send_first_token(p, q);
+    }
+}
+
+/* The chunk's passes; first tokens leave between them. */
+static enum err compute_parts(struct prefill *p, uint32_t n_parts)
+{
+    struct batch b = build_batch(p, n_parts, false);
+    TRY(engine_forward(p->engine, &b));
+    sample_parts(p, n_parts);
+    if (!p->mtp)
+        return ERR_OK;
+    b = build_batch(p, n_parts, true);
+    return b.n_rows > 0 ? engine_draft(p->engine, &b, p->hidden_ref, NULL) : ERR_OK;
+}
+
 /* Computes one chunk. Returns false if there was nothing to compute. */
 static bool compute_chunk(struct prefill *p)
 {
     uint32_t n = 0;
     for (struct prompt *q = p->prompts; q && n < p->config.max_prompts; q = q->next)
-        if (q->state == PROMPT_COMPUTING && !q->failed) {
+        if (q->state == PROMPT_COMPUTING && !q->failed && !q->cancelled) {
             p->candidate[n] = q;
             p->left[n++] = q->n_ids - q->n_done;
         }
@@ -647,6 +702,7 @@ static bool compute_chunk(struct prefill *p)
     uint32_t n_parts = 0;
     for (uint32_t i = 0; i < n; i++)
         if (take_tokens[i]) {
+            p->candidate[i]->in_chunk = true;
             p->part[n_parts] = p->candidate[i];
             p->part_tokens[n_parts++] = take_tokens[i];
         }
@@ -657,41 +713,12 @@ static bool compute_chunk(struct prefill *p)
     uint64_t start_us = clock_now_us();
     p->beat.gap_us += p->chunk_end_us ? start_us - p->chunk_end_us : 0;
     p->chunk_end_us = 0;
-    struct batch b = build_batch(p, n_parts, false);
-    enum err err = engine_forward(p->engine, &b);
+    enum err err = compute_parts(p, n_parts);
+    for (uint32_t i = 0; i < n_parts; i++)
+        p->part[i]->in_chunk = false;
     if (err != ERR_OK) {
         fail_parts(p, n_parts, err);
         return err != ERR_CUDA;
-    }
-
-    int logit = 0;
-    for (uint32_t i = 0; i < n_parts; i++) {
-        struct prompt *q = p->part[i];
-        if (q->n_done + p->part_tokens[i] < q->n_ids)
-            continue;
-        err = sample_first(p, q, logit);
-        if (err == ERR_OK && p->mtp && q->peer) {
-            q->hidden = malloc((size_t)p->model->hidden * sizeof(float));
-            err = q->hidden ? engine_export_hidden(p->engine, p->logit_row[logit], q->hidden)
-                            : ERR_NOMEM;
-        }
-        logit++;
-        if (err != ERR_OK) {
-            prompt_fail(q, err);
-            continue;
-        }
-        q->finish = worker_finish(&q->sampling, p->model, q->token, q->n_emitted + 1);
-        send_first_token(p, q);
-    }
-
-    if (p->mtp) {
-        b = build_batch(p, n_parts, true);
-        if (b.n_rows > 0)
-            err = engine_draft(p->engine, &b, p->hidden_ref, NULL);
-        if (err != ERR_OK) {
-            fail_parts(p, n_parts, err);
-            return err != ERR_CUDA;
-        }
     }
     p->beat.n_steps++;
     p->chunk_end_us = clock_now_us();
@@ -702,7 +729,7 @@ static bool compute_chunk(struct prefill *p)
     for (uint32_t i = 0; i < n_parts; i++) {
         struct prompt *q = p->part[i];
         q->n_done += p->part_tokens[i];
-        if (q->failed)
+        if (q->failed || q->cancelled)
             continue;
         if (q->n_done == q->n_ids)
             prompt_computed(p, q);
@@ -751,7 +778,7 @@ static void on_mail(struct prefill *p, const struct mail *m)
         } else if (m->msg.head.type == WIRE_CANCEL) {
             struct prompt *q = prompt_find(p, m->msg.head.req_id);
             if (q && q->attempt <= m->msg.head.attempt)
-                prompt_end(p, q);
+                prompt_cancel(p, q);
         }
         break;
     case MAIL_PEER:
@@ -811,9 +838,34 @@ static void update_beat(struct prefill *p)
     worker_set_beat(p->worker, b);
 }
 
+/* After mail: pushes what grants and peers make possible, ends prompts whose pages have arrived. */
+static void hand_over(struct prefill *p)
+{
+    for (struct prompt *q = p->prompts, *next; q; q = next) {
+        next = q->next;
+        push(p, q);
+        if (q->state == PROMPT_HANDOFF && q->ready_sent && q->n_sent == q->n_pages && !q->failed)
+            prompt_end(p, q);
+    }
+    sweep(p);
+}
+
+/* While the device computes. One mail at a time, so that the end of the pass is noticed. */
+static void attend(void *prefill, uint64_t wait_us)
+{
+    struct prefill *p = prefill;
+    struct mail *m = worker_mail_meanwhile(p->worker, wait_us);
+    if (!m)
+        return;
+    on_mail(p, m);
+    free(m);
+    hand_over(p);
+}
+
 void prefill_run(void *prefill)
 {
     struct prefill *p = prefill;
+    engine_set_meanwhile(p->engine, attend, p);
     bool busy = false;
     uint64_t wait_us = 0;
     while (!p->stop) {
@@ -828,14 +880,7 @@ void prefill_run(void *prefill)
         uint64_t now_us = clock_now_us();
         uint64_t due_us = handoff_out_tick(p->handoff, now_us);
         expire_early(p, now_us);
-        for (struct prompt *q = p->prompts, *next; q; q = next) { // grants and peers that arrived
-            next = q->next;
-            push(p, q);
-            if (q->state == PROMPT_HANDOFF && q->ready_sent && q->n_sent == q->n_pages &&
-                !q->failed)
-                prompt_end(p, q);
-        }
-        sweep(p);
+        hand_over(p);
         start_prompts(p);
         busy = compute_chunk(p);
         sweep(p);

@@ -324,7 +324,10 @@ static enum err start(struct device_cuda *c)
     c->base.id = hash_bytes(1, prop.uuid.bytes, sizeof(prop.uuid.bytes));
     c->driver = ordinal; // the runtime's ordinals are the driver's
     TRY(driver_find());
-    CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    // Checksums are asked for while a pass runs, and are not to wait for its end.
+    int lowest = 0, highest = 0;
+    CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+    CUDA(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, highest));
     CUDA(cudaMalloc((void **)&c->pages, MAX_SUMS * sizeof(*c->pages)));
     CUDA(cudaMalloc((void **)&c->sums, MAX_SUMS * sizeof(*c->sums)));
     return ERR_OK;

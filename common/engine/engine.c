@@ -1,6 +1,7 @@
 /* engine.c: checks what callers ask, then lets the device's engine compute it. */
 #include "common/engine/engine_impl.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -59,13 +60,35 @@ void engine_destroy(struct engine *e)
 
 const struct model_config *engine_model(const struct engine *e) { return e->m; }
 
-enum err engine_forward(struct engine *e, const struct batch *b)
+void engine_set_meanwhile(struct engine *e, void (*meanwhile)(void *user, uint64_t wait_us),
+                          void *user)
 {
+    e->meanwhile = meanwhile;
+    e->meanwhile_user = user;
+}
+
+enum err engine_start(struct engine *e, const struct batch *b)
+{
+    assert(!e->started);
     TRY(batch_check(e, b));
-    TRY(e->ops->forward(e, b));
+    TRY(e->ops->start(e, b));
     e->n_rows = b->n_rows;
     e->n_logits = b->n_logits;
+    e->started = true;
     return ERR_OK;
+}
+
+enum err engine_wait(struct engine *e)
+{
+    assert(e->started);
+    e->started = false;
+    return e->ops->wait ? e->ops->wait(e) : ERR_OK;
+}
+
+enum err engine_forward(struct engine *e, const struct batch *b)
+{
+    TRY(engine_start(e, b));
+    return engine_wait(e);
 }
 
 enum err engine_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
@@ -74,6 +97,7 @@ enum err engine_draft(struct engine *e, const struct batch *b, const struct hidd
     if (e->kv_layers <= e->m->n_layers)
         return err_set(ERR_INVALID, "no MTP layer in %s",
                        e->m->n_mtp_layers ? "the KV pages" : "the model");
+    assert(!e->started);
     TRY(batch_check(e, b));
     TRY(hidden_check(e, b, hidden));
     TRY(e->ops->draft(e, b, hidden, ret_ids));
@@ -86,6 +110,7 @@ enum err engine_sample(struct engine *e, int n, const int32_t *idx, const struct
                        int max_top, int32_t *ret_ids, float *ret_logprob, int32_t *ret_top_id,
                        float *ret_top_logprob)
 {
+    assert(!e->started);
     if (n > e->config.max_logits)
         return err_set(ERR_INVALID, "%d draws, the engine makes %d", n, e->config.max_logits);
     for (int i = 0; i < n; i++)

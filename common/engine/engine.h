@@ -8,6 +8,9 @@
  * engine_sample -> accept. The hidden rows of a forward stay valid until the next engine_forward,
  * so that the next step's engine_draft starts from them; rows that come from another worker are
  * imported into slots of their own.
+ *
+ * A pass takes milliseconds in which a GPU needs nobody. Whoever has other things to do on the
+ * calling thread gets it back meanwhile: see engine_set_meanwhile.
  */
 #ifndef BATON_ENGINE_H
 #define BATON_ENGINE_H
@@ -65,6 +68,18 @@ DEFINE_OWNED(engine)
  * [0, n_logits) belong to logit_row. ERR_INVALID if the batch exceeds the configuration or an index
  * is out of range (nothing was written). */
 MUST_CHECK enum err engine_forward(struct engine *e, const struct batch *b);
+
+/* The same in two calls: what the caller does in between, the device computes under. The batch
+ * keeps its arrays until engine_wait, and no other pass, draw or export comes before it. */
+MUST_CHECK enum err engine_start(struct engine *e, const struct batch *b);
+MUST_CHECK enum err engine_wait(struct engine *e);
+
+/* While a pass is computed, meanwhile is called on the thread that waits for it, again and again:
+ * it may use about wait_us (0: it looks whether there is something to do, and returns). Until the
+ * pass has ended, nothing may free or write what the pass knows: its sequences' pages and import
+ * slots. Of the engine it may only call engine_import_hidden. */
+void engine_set_meanwhile(struct engine *e, void (*meanwhile)(void *user, uint64_t wait_us),
+                          void *user);
 
 /* Where an MTP row takes its hidden state from. */
 enum hidden_source {

@@ -112,7 +112,7 @@ static void cpu_destroy(struct engine *engine)
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static enum err cpu_forward(struct engine *engine, const struct batch *b)
+static enum err cpu_start(struct engine *engine, const struct batch *b)
 {
     struct engine_cpu *e = (struct engine_cpu *)engine;
     slots_find(e, b);
@@ -447,7 +447,7 @@ static enum err cpu_read_logits(struct engine *engine, bool draft, int row, floa
 
 static const struct engine_ops cpu_ops = {
     .destroy = cpu_destroy,
-    .forward = cpu_forward,
+    .start = cpu_start,
     .draft = cpu_draft,
     .sample = cpu_sample,
     .export_hidden = cpu_export_hidden,

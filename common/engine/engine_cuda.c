@@ -77,6 +77,7 @@ struct engine_cuda {
     float *turn;                             // [R, 32, 2]
     float *logits, *draft_logits, *router_weight;
     int32_t *slot_token, *token_slot, *expert_start, *ids;
+    int32_t *host_ids; // pinned: [max_logits] of a draft
     int32_t *route_work, *moe_work;
     void *blas_work, *mla_work;
     int n_expanded;
@@ -242,6 +243,7 @@ static void cuda_destroy(struct engine *e)
     cudaFree(c->memory);
     cudaFree(c->dev);
     cudaFreeHost(c->host);
+    cudaFreeHost(c->host_ids);
     cudaFreeHost(c->draw_host);
     if (c->stream)
         cudaStreamDestroy(c->stream);
@@ -271,6 +273,7 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMallocHost((void **)&c->host, host_bytes));
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
     CUDA(cudaMallocHost((void **)&c->draw_host, DRAW_BYTES));
+    CUDA(cudaMallocHost((void **)&c->host_ids, sizeof(int32_t) * (size_t)g->max_logits));
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     CUDA(cudaEventCreate(&c->begun));
     CUDA(cudaEventCreate(&c->ended));
@@ -830,32 +833,48 @@ static enum err run(struct engine_cuda *c, const struct batch *b, const struct h
     return ERR_OK;
 }
 
-/* Waits for a pass and takes its time. */
-static enum err settle(struct engine_cuda *c)
+/* Waits for all that was launched; like cudaStreamSynchronize, which polls too, but lends the
+ * thread out. */
+static enum err stream_wait(struct engine_cuda *c)
 {
-    float ms = 0;
+    cudaError_t at = cudaSuccess;
+    while (c->base.meanwhile && (at = cudaStreamQuery(c->stream)) == cudaErrorNotReady) {
+        (void)cudaGetLastError(); // "not ready" is no failure of whatever is launched next
+        engine_meanwhile(&c->base, 0);
+    }
+    CUDA(at);
     CUDA(cudaStreamSynchronize(c->stream));
-    CUDA(cudaEventElapsedTime(&ms, c->begun, c->ended));
-    c->base.device_us = (uint32_t)(ms * 1000);
     return ERR_OK;
 }
 
-static enum err cuda_forward(struct engine *e, const struct batch *b)
+/* Waits for a pass and takes its time. */
+static enum err cuda_wait(struct engine *e)
 {
     struct engine_cuda *c = of(e);
-    TRY(run(c, b, NULL, false, false));
-    return settle(c);
+    float ms = 0;
+    TRY(stream_wait(c));
+    CUDA(cudaEventElapsedTime(&ms, c->begun, c->ended));
+    e->device_us = (uint32_t)(ms * 1000);
+    return ERR_OK;
+}
+
+static enum err cuda_start(struct engine *e, const struct batch *b)
+{
+    return run(of(e), b, NULL, false, false);
 }
 
 static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
                            int32_t *ret_ids)
 {
     struct engine_cuda *c = of(e);
+    size_t n_bytes = ret_ids ? sizeof(int32_t) * (size_t)b->n_logits : 0;
     TRY(run(c, b, hidden, true, ret_ids != NULL));
-    if (ret_ids)
-        CUDA(cudaMemcpyAsync(ret_ids, c->ids, sizeof(int32_t) * (size_t)b->n_logits,
-                             cudaMemcpyDeviceToHost, c->stream));
-    return settle(c);
+    if (n_bytes) // a copy to memory that is not pinned would wait for the pass itself
+        CUDA(cudaMemcpyAsync(c->host_ids, c->ids, n_bytes, cudaMemcpyDeviceToHost, c->stream));
+    TRY(cuda_wait(e));
+    if (n_bytes)
+        memcpy(ret_ids, c->host_ids, n_bytes);
+    return ERR_OK;
 }
 
 /* ---- draws ----------------------------------------------------------------------------------- */
@@ -1026,10 +1045,9 @@ static enum err cuda_import_hidden(struct engine *e, int slot, const float *hidd
         memcpy(&word, &hidden[i], sizeof(word));
         bits[i] = (uint16_t)(word >> 16);
     }
-    CUDA(cudaMemcpyAsync(c->import + (size_t)slot * (size_t)H, bits, (size_t)H * 2,
-                         cudaMemcpyHostToDevice, c->stream));
-    CUDA(cudaStreamSynchronize(c->stream));
-    return ERR_OK;
+    // Beside a pass that may be under way: it knows other slots.
+    return device_put(c->base.config.device, c->import + (size_t)slot * (size_t)H, bits,
+                      (size_t)H * 2);
 }
 
 static enum err cuda_read_logits(struct engine *e, bool draft, int row, float *ret)
@@ -1043,7 +1061,8 @@ static enum err cuda_read_logits(struct engine *e, bool draft, int row, float *r
 
 static const struct engine_ops cuda_ops = {
     .destroy = cuda_destroy,
-    .forward = cuda_forward,
+    .start = cuda_start,
+    .wait = cuda_wait,
     .draft = cuda_draft,
     .sample = cuda_sample,
     .export_hidden = cuda_export_hidden,
@@ -1066,7 +1085,7 @@ uint64_t engine_cuda_bytes(const struct engine *base)
     return parts(&c, NULL) + block_values(&c) * 4 + LIBRARY_BYTES + graphs;
 }
 
-static enum err cuda_start(struct engine_cuda *c, struct kv_pool *pool)
+static enum err set_up(struct engine_cuda *c, struct kv_pool *pool)
 {
     CUDA(cudaSetDevice(c->device));
     c->pool = kv_pool_base(pool);
@@ -1084,7 +1103,7 @@ enum err engine_cuda_create(const struct engine *base, struct device *d, struct 
     c->base = *base;
     c->base.ops = &cuda_ops;
     c->device = d->ordinal;
-    enum err err = cuda_start(c, pool);
+    enum err err = set_up(c, pool);
     if (err != ERR_OK) {
         cuda_destroy(&c->base);
         return err;

@@ -10,7 +10,8 @@
 
 struct engine_ops {
     void (*destroy)(struct engine *e); /* also of a half-built one */
-    enum err (*forward)(struct engine *e, const struct batch *b);
+    enum err (*start)(struct engine *e, const struct batch *b);
+    enum err (*wait)(struct engine *e); /* NULL: start has computed it all */
     enum err (*draft)(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
                       int32_t *ret_ids);
     enum err (*sample)(struct engine *e, int n, const int32_t *idx, const struct sample_row *rows,
@@ -31,6 +32,9 @@ struct engine {
     int n_rows, n_draft_rows;     /* of the last forward and draft */
     int n_logits, n_draft_logits; /* likewise */
     uint32_t device_us;           /* of the last forward or draft */
+    void (*meanwhile)(void *user, uint64_t wait_us);
+    void *meanwhile_user;
+    bool started; /* engine_wait is due */
 };
 
 /* Copies base, sets ops and takes its memory, as a device's engine does (device.h). */
@@ -38,11 +42,20 @@ MUST_CHECK enum err engine_cpu_create(const struct engine *base, struct kv_pool 
                                       struct engine **ret);
 MUST_CHECK enum err engine_mock_create(const struct engine *base, struct kv_pool *pool,
                                        struct engine **ret);
-/* Called between layers. */
+/* Called while a pass is computed; wait_us as in engine_set_meanwhile. No sign of life: a GPU that
+ * hangs is waited for too. */
+static inline void engine_meanwhile(const struct engine *e, uint64_t wait_us)
+{
+    if (e->meanwhile)
+        e->meanwhile(e->meanwhile_user, wait_us);
+}
+
+/* Called between layers: the pass is getting on. */
 static inline void engine_progress(const struct engine *e)
 {
     if (e->config.progress)
         e->config.progress(e->config.progress_user);
+    engine_meanwhile(e, 0);
 }
 
 #endif

@@ -20,7 +20,7 @@
 #include "common/base/hash.h"
 #include "common/engine/mock_costs.h"
 
-#define PROGRESS_NS 100000000 /* the longest sleep without a sign of life */
+#define PROGRESS_NS 100000000 /* the longest wait without a sign of life */
 #define MAX_LATE_NS 100000000 /* that is made up for; more was no oversleeping but a stop */
 #define N_LAYERS    2         /* the model's one and the MTP layer */
 
@@ -32,6 +32,7 @@ struct engine_mock {
     struct engine base;
     struct mock_costs costs;
     struct cell *kv; // [page][layer][64]
+    int64_t due_ns;  // end of the pass under way
     int64_t late_ns;
     int32_t *slot, *draft_slot, *next_slot; // [max_rows] of the last forward, draft; scratch
     int32_t *import_slot;                   // [max_imports]
@@ -65,14 +66,25 @@ static void sleep_until(int64_t ns)
 
 static void spend(struct engine_mock *e, double ms)
 {
-    int64_t now = now_ns(), due = now - e->late_ns + (int64_t)(ms * 1e6);
+    e->due_ns = now_ns() - e->late_ns + (int64_t)(ms * 1e6);
     engine_progress(&e->base);
-    while (now < due) {
-        sleep_until(MIN(due, now + PROGRESS_NS));
-        engine_progress(&e->base);
+}
+
+static enum err mock_wait(struct engine *engine)
+{
+    struct engine_mock *e = (struct engine_mock *)engine;
+    int64_t now = now_ns();
+    while (now < e->due_ns) {
+        int64_t until = MIN(e->due_ns, now + PROGRESS_NS);
+        if (engine->meanwhile)
+            engine_meanwhile(engine, (uint64_t)(until - now + 999) / 1000);
+        else
+            sleep_until(until);
+        engine_progress(engine);
         now = now_ns();
     }
-    e->late_ns = MIN(now - due, MAX_LATE_NS);
+    e->late_ns = MIN(now - e->due_ns, MAX_LATE_NS);
+    return ERR_OK;
 }
 
 /* ---- pages and states ------------------------------------------------------------------------ */
@@ -148,7 +160,7 @@ static enum err mock_import_hidden(struct engine *engine, int slot, const float 
 /* Only a decode worker takes hidden states in. */
 static bool decodes(const struct engine_mock *e) { return e->base.config.max_imports > 0; }
 
-static enum err mock_forward(struct engine *engine, const struct batch *b)
+static enum err mock_start(struct engine *engine, const struct batch *b)
 {
     struct engine_mock *e = (struct engine_mock *)engine;
     TRY(kv_pass(e, b, 0, e->slot));
@@ -183,8 +195,10 @@ static enum err mock_draft(struct engine *engine, const struct batch *b,
     int32_t *slot = e->draft_slot;
     e->draft_slot = e->next_slot;
     e->next_slot = slot;
-    if (decodes(e))
+    if (decodes(e)) {
         spend(e, mock_costs_draft_ms(&e->costs, b->n_seqs));
+        TRY(mock_wait(engine));
+    }
     for (int i = 0; ret_ids && i < b->n_logits; i++)
         ret_ids[i] = mock_token(engine->m, ~0ull, (uint32_t)b->position[b->logit_row[i]]);
     return ERR_OK;
@@ -250,7 +264,8 @@ static enum err mock_read_logits(struct engine *engine, bool draft, int row, flo
 
 static const struct engine_ops mock_ops = {
     .destroy = mock_destroy,
-    .forward = mock_forward,
+    .start = mock_start,
+    .wait = mock_wait,
     .draft = mock_draft,
     .sample = mock_sample,
     .export_hidden = mock_export_hidden,

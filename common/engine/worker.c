@@ -132,20 +132,26 @@ static void mail_message(struct worker *w, enum mail_type type, uint64_t peer,
     mail_push(w, m);
 }
 
-struct mail *worker_mail_next(struct worker *w, uint64_t wait_us)
+static bool has_mail(const struct worker *w, bool meanwhile)
+{
+    const struct mail *m = w->mail_head;
+    return m && !(meanwhile && (m->type == MAIL_EPOCH || m->type == MAIL_STOP));
+}
+
+static struct mail *mail_take(struct worker *w, uint64_t wait_us, bool meanwhile)
 {
     pthread_mutex_lock(&w->lock);
-    if (!w->mail_head && wait_us) {
+    if (!has_mail(w, meanwhile) && wait_us) {
         struct timespec until;
         clock_gettime(CLOCK_MONOTONIC, &until);
         uint64_t ns = (uint64_t)until.tv_nsec + wait_us * 1000u;
         until.tv_sec += (time_t)(ns / 1000000000u);
         until.tv_nsec = (long)(ns % 1000000000u);
-        while (!w->mail_head)
+        while (!has_mail(w, meanwhile))
             if (pthread_cond_timedwait(&w->mail_ready, &w->lock, &until) == ETIMEDOUT)
                 break;
     }
-    struct mail *m = w->mail_head;
+    struct mail *m = has_mail(w, meanwhile) ? w->mail_head : NULL;
     if (m) {
         w->mail_head = m->next;
         if (!w->mail_head)
@@ -155,6 +161,16 @@ struct mail *worker_mail_next(struct worker *w, uint64_t wait_us)
     if (m && m->type == MAIL_EPOCH)
         w->engine_generation = m->seq;
     return m;
+}
+
+struct mail *worker_mail_next(struct worker *w, uint64_t wait_us)
+{
+    return mail_take(w, wait_us, false);
+}
+
+struct mail *worker_mail_meanwhile(struct worker *w, uint64_t wait_us)
+{
+    return mail_take(w, wait_us, true);
 }
 
 void worker_mail_transfer(struct worker *w, uint64_t owner, uint64_t seq, enum err err)

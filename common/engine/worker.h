@@ -65,6 +65,9 @@ void worker_destroy(struct worker *w);
 
 /* The next mail, or NULL: at once if wait_us is 0, else after at most that long. Caller frees. */
 struct mail *worker_mail_next(struct worker *w, uint64_t wait_us);
+/* The same while a pass is computed: MAIL_EPOCH and MAIL_STOP, which end everything, stay with what
+ * came after them until worker_mail_next. */
+struct mail *worker_mail_meanwhile(struct worker *w, uint64_t wait_us);
 
 /* From any thread: a transfer ended. */
 void worker_mail_transfer(struct worker *w, uint64_t owner, uint64_t seq, enum err err);

@@ -1,5 +1,6 @@
 """`--device mock`: a cluster at a GPU's pace whose every token is known in advance."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -7,7 +8,7 @@ import threading
 
 import pytest
 
-from cluster import BATON, ROOT, SLOWER, Cluster, wait
+from cluster import BATON, ROOT, SLOWER, Cluster, stream, wait
 
 MASK = (1 << 64) - 1
 SEED = 0x1234567890abcdef
@@ -76,6 +77,63 @@ def test_same_text_after_a_worker_died(mock):
     assert not errors, errors
     assert re.search(r"^baton_resumed_streams_total(\{.*\})? 1$", c.get("/metrics")[2], re.M)
     c.wait_idle(10)
+
+
+class Streams:
+    """Requests in threads of their own: what each has so far can be looked at."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.threads = []
+
+    def begin(self, n, **kw):
+        seen = []
+        body = {"inputs": "Tell me a story.", "parameters": {"max_new_tokens": n, "ignore_eos": True}}
+        run = stream(self.cluster, "/generate_stream", body, on_event=lambda a: seen.append(a.events[-1]), **kw)
+        self.threads.append(threading.Thread(target=asyncio.run, args=(run,)))
+        self.threads[-1].start()
+        return seen
+
+    def join(self):
+        for t in self.threads:
+            t.join()
+
+
+def test_the_next_step_has_who_came_during_this_one(mock):
+    c = mock(costs={**FAST, "decode_ms": [[1, 800]]})
+    s = Streams(c)
+    first = s.begin(8, leave_after=6)
+    wait(lambda: len(first) >= 2, 10, "a step of the first stream", c.log)
+    second = s.begin(3)
+    wait(lambda: second, 10, "the second stream's first token", c.log)
+    steps = len(first)
+    wait(lambda: c.accounting("decode-0")["requests"]["running"] == 2, 10, "its pages are there", c.log)
+    assert len(first) == steps, "the handoff waited for the step"
+    s.join()
+    c.wait_idle(5)
+
+
+def test_mail_is_read_while_a_chunk_computes(mock):
+    c = mock("--prefix-cache", "off", costs={**FAST, "prefill_chunk_ms": 800})
+    s = Streams(c)
+    s.begin(2)
+    wait(lambda: c.accounting("prefill-0")["requests"]["computing"] == 1, 10, "a chunk", c.log)
+    s.begin(2, leave_after=0)
+    s.begin(2)
+    wait(lambda: c.accounting("prefill-0")["requests"] == {"queued": 1, "computing": 1, "handoff": 0}, 10,
+         "one more prompt in the queue, and one that came and went", c.log)
+    s.join()
+    c.wait_idle(5)
+
+
+def test_clients_leave_while_their_prompts_compute(mock):
+    c = mock(*DRAFTS, costs={**FAST, "decode_ms": [[1, 100]], "prefill_chunk_ms": 100})
+    s = Streams(c)
+    for i in range(30):
+        s.begin(20, leave_after=i % 4)
+    s.join()
+    c.wait_idle(10)
+    ask(c, 10)
 
 
 def test_the_four_workloads(mock, tmp_path):

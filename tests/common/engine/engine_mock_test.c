@@ -79,6 +79,37 @@ static enum err pass(struct bench *b, int n, int ctx, const int32_t pages[2],
                   : engine_forward(b->engine, &batch);
 }
 
+struct other_work {
+    int n_calls;
+    uint64_t longest_us;
+};
+
+/* Takes a third of the time it is given. */
+static void meanwhile(void *user, uint64_t wait_us)
+{
+    struct other_work *o = user;
+    o->n_calls++;
+    o->longest_us = MAX(o->longest_us, wait_us);
+    uint64_t end_us = clock_now_us() + wait_us / 3;
+    while (clock_now_us() < end_us)
+        ;
+}
+
+static void the_thread_is_lent_out_meanwhile(void)
+{
+    struct mock_costs costs = no_time;
+    costs.decode.at[0].ms = 30;
+    struct bench b = bench_open(&costs, NULL);
+    struct other_work o = {0};
+    engine_set_meanwhile(b.engine, meanwhile, &o);
+    uint64_t start_us = clock_now_us();
+    CHECK_OK(pass(&b, 3, 3, (int32_t[]){0, 1}, NULL));
+    CHECK(clock_now_us() - start_us >= 30000);
+    CHECK(o.n_calls > 3); // again and again
+    CHECK(o.longest_us > 0 && o.longest_us <= 30000);
+    bench_close(&b);
+}
+
 static void costs_follow_the_table(void)
 {
     const struct mock_costs *c = &mock_costs_h100;
@@ -278,6 +309,7 @@ int main(void)
     RUN(pages_in_wrong_places_are_noticed);
     RUN(hidden_states_belong_to_slots);
     RUN(steps_take_their_time);
+    RUN(the_thread_is_lent_out_meanwhile);
     RUN(a_mock_needs_its_own_pages);
     return check_done();
 }
