@@ -17,7 +17,8 @@ struct speculate {
     // arrays of one draw
     int32_t *idx, *top_id;
     struct sample_row *rows;
-    const uint32_t **allowed; // by window row
+    const uint32_t **allowed;       // by window row
+    const uint32_t **draft_allowed; // by logits row of a draft
     struct stream **owner;
     float *logprob, *top_logprob;
     int32_t (*banned)[MODEL_MAX_EOS + WIRE_MAX_STOP_IDS];
@@ -42,14 +43,16 @@ enum err speculate_create(const struct speculate_config *c, struct speculate **r
     s->idx = calloc(rows, sizeof(int32_t));
     s->rows = calloc(rows, sizeof(*s->rows));
     s->allowed = calloc(rows, sizeof(*s->allowed));
+    s->draft_allowed = calloc(seqs, sizeof(*s->draft_allowed));
     s->owner = calloc(rows, sizeof(*s->owner));
     s->logprob = calloc(rows, sizeof(float));
     s->top_id = calloc(rows * WIRE_MAX_TOP, sizeof(int32_t));
     s->top_logprob = calloc(rows * WIRE_MAX_TOP, sizeof(float));
     s->banned = calloc(seqs, sizeof(*s->banned));
     if (!s->token || !s->position || !s->seq_start || !s->ctx_len || !s->block_table ||
-        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->allowed || !s->owner ||
-        !s->logprob || !s->top_id || !s->top_logprob || !s->banned) {
+        !s->logit_row || !s->hidden || !s->ids || !s->idx || !s->rows || !s->allowed ||
+        !s->draft_allowed || !s->owner || !s->logprob || !s->top_id || !s->top_logprob ||
+        !s->banned) {
         speculate_destroy(s);
         return err_set(ERR_NOMEM, "no memory for a decode batch of %d streams", c->max_streams);
     }
@@ -61,10 +64,10 @@ void speculate_destroy(struct speculate *s)
 {
     if (!s)
         return;
-    void *all[] = {s->token,       s->position,    s->seq_start, s->ctx_len,
-                   s->block_table, s->logit_row,   s->hidden,    s->ids,
-                   s->idx,         s->rows,        s->owner,     s->logprob,
-                   s->top_id,      s->top_logprob, s->banned,    s->allowed};
+    void *all[] = {s->token,     s->position,     s->seq_start, s->ctx_len,     s->block_table,
+                   s->logit_row, s->hidden,       s->ids,       s->idx,         s->rows,
+                   s->owner,     s->logprob,      s->top_id,    s->top_logprob, s->banned,
+                   s->allowed,   s->draft_allowed};
     for (size_t i = 0; i < ARRAY_LEN(all); i++)
         free(all[i]);
     free(s);
@@ -79,6 +82,7 @@ static struct batch batch_begin(struct speculate *s, struct stream **streams, in
         .ctx_len = s->ctx_len,
         .block_table = s->block_table,
         .logit_row = s->logit_row,
+        .allowed = s->draft_allowed,
     };
     for (int i = 0; i < n; i++)
         b.max_pages = MAX(b.max_pages, (int)streams[i]->n_pages);
@@ -104,6 +108,34 @@ static void batch_end_seq(struct speculate *s, struct batch *b, const struct str
     s->seq_start[++b->n_seqs] = b->n_rows;
 }
 
+/* The mask of row j of a stream's window: what may follow the first j drafts. Called for j = 0, 1,
+ * ... as the drafts are made, which the masks before hold to the grammar. */
+static enum err stream_mask(struct speculate *s, struct stream *st, uint32_t j)
+{
+    bool fits = true;
+    if (j == 0)
+        st->ahead = constraint_state(st->constraint);
+    else
+        TRY(constraint_accept(st->constraint, &st->ahead, st->draft[j - 1], &fits));
+    if (!fits)
+        return err_set(ERR_INTERNAL, "draft %d does not fit the grammar", st->draft[j - 1]);
+    return constraint_mask(st->constraint, st->ahead, &s->allowed[st->window_row + (int)j]);
+}
+
+static void mask_row(struct speculate *s, struct stream *st, uint32_t j)
+{
+    s->allowed[st->window_row + (int)j] = NULL;
+    if (st->constraint && st->constraint_err == ERR_OK)
+        st->constraint_err = stream_mask(s, st, j);
+}
+
+/* The batch's last row shall draft number j of the stream. */
+static void want_draft(struct speculate *s, struct batch *b, const struct stream *st, uint32_t j)
+{
+    s->draft_allowed[b->n_logits] = s->allowed[st->window_row + (int)j];
+    s->logit_row[b->n_logits++] = b->n_rows - 1;
+}
+
 /* Every stream's pending slots from true hidden states; the last row of each drafts first. */
 static enum err draft_first(struct speculate *s, struct stream **streams, int n)
 {
@@ -115,7 +147,8 @@ static enum err draft_first(struct speculate *s, struct stream **streams, int n)
             batch_row(s, &b, st->pending_token[j], slot + j, st->pending_hidden[j]);
         batch_end_seq(s, &b, st, st->n_ctx);
         st->draft_row = b.n_rows - 1;
-        s->logit_row[b.n_logits++] = b.n_rows - 1;
+        mask_row(s, st, 0);
+        want_draft(s, &b, st, 0);
     }
     TRY(engine_draft(s->config.engine, &b, s->hidden, s->ids));
     for (int i = 0; i < n; i++) {
@@ -139,7 +172,8 @@ static enum err draft_next(struct speculate *s, struct stream **streams, int n, 
                   (struct hidden_ref){HIDDEN_DRAFT, st->draft_row});
         batch_end_seq(s, &b, st, st->n_ctx + step);
         st->draft_row = b.n_rows - 1;
-        s->logit_row[b.n_logits++] = b.n_rows - 1;
+        mask_row(s, st, step);
+        want_draft(s, &b, st, step);
     }
     *ret_any = b.n_rows > 0;
     if (b.n_rows == 0)
@@ -156,7 +190,6 @@ static enum err verify_start(struct speculate *s, struct stream **streams, int n
     struct batch b = batch_begin(s, streams, n);
     for (int i = 0; i < n; i++) {
         struct stream *st = streams[i];
-        st->window_row = b.n_rows;
         for (uint32_t j = 0; j <= st->n_draft; j++) {
             s->logit_row[b.n_logits++] = b.n_rows;
             batch_row(s, &b, j == 0 ? st->token : st->draft[j - 1], st->n_ctx + j,
@@ -174,31 +207,6 @@ static void keep_draw(struct stream *st, uint32_t j, int32_t id, float logprob,
     st->logprob[j] = logprob;
     for (int t = 0; t < st->sampling.n_logprobs; t++)
         st->top[j][t] = (struct wire_top){top_id[t], top_logprob[t]};
-}
-
-/* The masks of a stream's window, along its drafts. Behind a draft that does not fit no row can
- * become output. */
-static enum err stream_masks(struct speculate *s, struct stream *st)
-{
-    struct grammar_state at = constraint_state(st->constraint);
-    bool fits = true;
-    for (uint32_t j = 0; j <= st->n_draft && fits; j++) {
-        TRY(constraint_mask(st->constraint, at, &s->allowed[st->window_row + (int)j]));
-        if (j < st->n_draft)
-            TRY(constraint_accept(st->constraint, &at, st->draft[j], &fits));
-    }
-    return ERR_OK;
-}
-
-static void masks(struct speculate *s, struct stream **streams, int n)
-{
-    for (int i = 0; i < n; i++) {
-        struct stream *st = streams[i];
-        for (uint32_t j = 0; j <= st->n_draft; j++)
-            s->allowed[st->window_row + (int)j] = NULL;
-        if (st->constraint && st->constraint_err == ERR_OK)
-            st->constraint_err = stream_masks(s, st);
-    }
 }
 
 static void set_bias(const struct stream *st, struct sample_row *row)
@@ -259,6 +267,11 @@ static void simulate(const struct speculate *s, struct stream *st)
 
 enum err speculate_step(struct speculate *s, struct stream **streams, int n)
 {
+    int n_rows = 0;
+    for (int i = 0; i < n; i++) {
+        streams[i]->window_row = n_rows;
+        n_rows += (int)streams[i]->n_draft + 1;
+    }
     if (s->config.has_mtp && s->config.mtp_step > 0) {
         TRY(draft_first(s, streams, n));
         bool any = true;
@@ -266,11 +279,12 @@ enum err speculate_step(struct speculate *s, struct stream **streams, int n)
             TRY(draft_next(s, streams, n, step, &any));
     }
     TRY(verify_start(s, streams, n));
-    masks(s, streams, n); // while the device computes
+    for (int i = 0; i < n; i++) // while the device computes
+        mask_row(s, streams[i], streams[i]->n_draft);
     TRY(engine_wait(s->config.engine));
     TRY(draw(s, streams, n));
     for (int i = 0; s->config.simulated > 0 && i < n; i++)
-        if (!streams[i]->constraint) // behind a draft that does not fit nothing was masked
+        if (!streams[i]->constraint) // other drafts would have had other masks behind them
             simulate(s, streams[i]);
     return ERR_OK;
 }

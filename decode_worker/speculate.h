@@ -4,6 +4,9 @@
  *   main rows              | token   draft 0 ... draft k-1      window of k+1 rows, one forward
  *   MTP rows   pending ----| draft 0 ... (eagle: each at the next position)
  *
+ * An output that is held to a grammar has drafts that fit it: the state runs ahead with them, and
+ * its mask at each row serves the draft made there and the draw.
+ *
  * The MTP layer first makes the pending slots from true hidden states (so no slot keeps one that
  * was made from a draft), its last row gives draft 0; further drafts recycle its own output. In
  * vanilla_with_att the further steps keep the position of the first, as separate layers would.

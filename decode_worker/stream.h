@@ -70,6 +70,7 @@ struct stream {
     uint32_t n_bias;
     int32_t *bias_id;              // [n_bias], and their values behind them; NULL without
     struct constraint *constraint; // what the output is held to, or NULL
+    struct grammar_state ahead;    // after the drafts so far
     enum err constraint_err;       // the grammar went wrong in this step
 };
 

@@ -52,8 +52,10 @@ struct batch {
     const int32_t *seq_start; /* [n_seqs + 1] first row of each sequence */
     const int32_t *ctx_len; /* [n_seqs] KV slots in use once the batch's rows are written: row i of
                                the sequence (n of them) gets slot ctx_len - n + i */
-    const int32_t *block_table; /* [n_seqs, max_pages] page indexes */
-    const int32_t *logit_row;   /* [n_logits] ascending rows whose logits are wanted */
+    const int32_t *block_table;     /* [n_seqs, max_pages] page indexes */
+    const int32_t *logit_row;       /* [n_logits] ascending rows whose logits are wanted */
+    const uint32_t *const *allowed; /* engine_draft: [n_logits] the ids that each may draft, as
+                                       sample_row's allowed; or NULL, as may be each of them */
 };
 
 /* weights and pool must outlive the engine. ERR_INVALID for a device this build cannot use. */
@@ -92,8 +94,9 @@ struct hidden_ref {
 };
 
 /* MTP layer (its KV is layer n_layers of the pages). Row r takes embedding of token[r] and
- * hidden[r]. For each of logit_row: ret_ids = argmax (lowest id wins), unless ret_ids is NULL
- * (prefill only wants the KV). HIDDEN_DRAFT rows are read before this call's own rows replace them.
+ * hidden[r]. For each of logit_row: ret_ids = argmax of what is allowed (lowest id wins), unless
+ * ret_ids is NULL (prefill only wants the KV). HIDDEN_DRAFT rows are read before this call's own
+ * rows replace them.
  */
 MUST_CHECK enum err engine_draft(struct engine *e, const struct batch *b,
                                  const struct hidden_ref *hidden, int32_t *ret_ids);

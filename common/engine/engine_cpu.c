@@ -172,6 +172,16 @@ static void mtp_input(struct engine_cpu *e, const struct batch *b, const struct 
              e->par);
 }
 
+/* The lowest of the best ids in the mask, which is not empty. */
+static int32_t argmax_allowed(const float *x, const uint32_t *allowed, int n_valid)
+{
+    int32_t best = -1;
+    for (int32_t id = 0; id < n_valid; id++)
+        if (allowed[id / 32] >> id % 32 & 1 && (best < 0 || x[id] > x[best]))
+            best = id;
+    return MAX(best, 0);
+}
+
 static enum err cpu_draft(struct engine *engine, const struct batch *b,
                           const struct hidden_ref *hidden, int32_t *ret_ids)
 {
@@ -198,6 +208,10 @@ static enum err cpu_draft(struct engine *engine, const struct batch *b,
                                      .T = b->n_logits,
                                      .n = e->base.m->vocab,
                                      .n_valid = e->base.m->n_token_ids});
+    for (int i = 0; i < b->n_logits; i++)
+        if (batch_allowed(b, i))
+            ret_ids[i] = argmax_allowed(e->draft_logits + (int64_t)i * e->base.m->vocab,
+                                        b->allowed[i], e->base.m->n_token_ids);
     return ERR_OK;
 }
 

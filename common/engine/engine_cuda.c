@@ -77,7 +77,9 @@ struct engine_cuda {
     float *turn;                             // [R, 32, 2]
     float *logits, *draft_logits, *router_weight;
     int32_t *slot_token, *token_slot, *expert_start, *ids;
-    int32_t *host_ids; // pinned: [max_logits] of a draft
+    int32_t *host_ids;         // pinned: [2, max_logits] of a draft: of all, of those with masks
+    struct sample_row *masked; // [max_logits]
+    int32_t *masked_idx;       // [max_logits]
     int32_t *route_work, *moe_work;
     void *blas_work, *mla_work;
     int n_expanded;
@@ -154,7 +156,7 @@ static size_t parts(struct engine_cuda *c, char *base)
         {&c->slot_token, slots * 4},
         {&c->token_slot, slots * 4},
         {&c->expert_start, (E + 2) * 4},
-        {&c->ids, L * 4},
+        {&c->ids, 2 * L * 4},
         {&c->draw_dev, DRAW_BYTES},
         {&c->logprob, L * 4},
         {&c->top_id, L * CU_SAMPLE_MAX_TOP * 4},
@@ -247,6 +249,8 @@ static void cuda_destroy(struct engine *e)
     cudaFreeHost(c->draw_host);
     if (c->stream)
         cudaStreamDestroy(c->stream);
+    free(c->masked);
+    free(c->masked_idx);
     free(c);
 }
 
@@ -273,7 +277,11 @@ static enum err take_memory(struct engine_cuda *c)
     CUDA(cudaMallocHost((void **)&c->host, host_bytes));
     CUDA(cudaMalloc((void **)&c->dev, host_bytes));
     CUDA(cudaMallocHost((void **)&c->draw_host, DRAW_BYTES));
-    CUDA(cudaMallocHost((void **)&c->host_ids, sizeof(int32_t) * (size_t)g->max_logits));
+    CUDA(cudaMallocHost((void **)&c->host_ids, 2 * sizeof(int32_t) * (size_t)g->max_logits));
+    c->masked = calloc((size_t)g->max_logits, sizeof(*c->masked));
+    c->masked_idx = calloc((size_t)g->max_logits, sizeof(*c->masked_idx));
+    if (!c->masked || !c->masked_idx)
+        return err_set(ERR_NOMEM, "no memory for an engine's drafts");
     CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     CUDA(cudaEventCreate(&c->begun));
     CUDA(cudaEventCreate(&c->ended));
@@ -863,20 +871,6 @@ static enum err cuda_start(struct engine *e, const struct batch *b)
     return run(of(e), b, NULL, false, false);
 }
 
-static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
-                           int32_t *ret_ids)
-{
-    struct engine_cuda *c = of(e);
-    size_t n_bytes = ret_ids ? sizeof(int32_t) * (size_t)b->n_logits : 0;
-    TRY(run(c, b, hidden, true, ret_ids != NULL));
-    if (n_bytes) // a copy to memory that is not pinned would wait for the pass itself
-        CUDA(cudaMemcpyAsync(c->host_ids, c->ids, n_bytes, cudaMemcpyDeviceToHost, c->stream));
-    TRY(cuda_wait(e));
-    if (n_bytes)
-        memcpy(ret_ids, c->host_ids, n_bytes);
-    return ERR_OK;
-}
-
 /* ---- draws ----------------------------------------------------------------------------------- */
 
 static bool is_plain_greedy(const struct sample_row *r)
@@ -907,7 +901,8 @@ static const void *draw_put(struct engine_cuda *c, struct draw_block *b, const v
 }
 
 /* As many rows as the block holds, with what they point to; at least one fits. Rows of one stream
- * name the same lists one after the other: those go over once. Returns the number of rows. */
+ * name the same lists one after the other, rows of one grammar the same masks: those go over once.
+ * Returns the number of rows. */
 static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
                      const struct sample_row *rows, size_t *ret_bytes)
 {
@@ -916,6 +911,9 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
     struct sample_row *to = (struct sample_row *)c->draw_host;
     int32_t *to_idx = (int32_t *)(c->draw_host + (size_t)n * sizeof(*rows));
     b.used = (b.used + 15) / 16 * 16;
+    struct mask {
+        const void *host, *dev;
+    } masks[64] = {0}; // sent lately, by address
     int i = 0;
     for (; i < n; i++) {
         const struct sample_row *r = &rows[i], *last = i ? &rows[i - 1] : NULL;
@@ -928,7 +926,10 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
                          : draw_put(c, &b, r->bias_id, (size_t)r->n_bias * sizeof(*r->bias_id));
         d.bias_value = same ? to[i - 1].bias_value
                             : draw_put(c, &b, r->bias_value, (size_t)r->n_bias * sizeof(float));
-        d.allowed = draw_put(c, &b, r->allowed, (V + 31) / 32 * sizeof(*r->allowed));
+        struct mask *m = &masks[(uintptr_t)r->allowed / 64 % ARRAY_LEN(masks)];
+        if (m->host != r->allowed)
+            *m = (struct mask){r->allowed, draw_put(c, &b, r->allowed, (V + 31) / 32 * 4)};
+        d.allowed = m->dev;
         d.ahead = draw_put(c, &b, r->ahead, (size_t)r->n_ahead * sizeof(*r->ahead));
         same = last && last->seen == r->seen && last->n_seen == r->n_seen;
         d.seen =
@@ -940,6 +941,57 @@ static int draw_pack(struct engine_cuda *c, int n, const int32_t *idx,
     }
     *ret_bytes = b.used;
     return i;
+}
+
+/* Draws the drafts that have masks again, from the same logits. What does not fit into the block
+ * keeps its argmax: a draft may be anything. Returns how many of masked_idx are drawn. */
+static enum err draft_masked(struct engine_cuda *c, const struct batch *b, int *ret_n)
+{
+    int n = 0;
+    for (int i = 0; i < b->n_logits; i++)
+        if (batch_allowed(b, i)) {
+            c->masked[n] = (struct sample_row){
+                .top_p = 1, .repetition = 1, .n_logprobs = -1, .allowed = b->allowed[i]};
+            c->masked_idx[n++] = i;
+        }
+    *ret_n = 0;
+    if (n == 0)
+        return ERR_OK;
+    size_t n_bytes;
+    struct cu_sample_args a = {
+        .logits = c->draft_logits,
+        .rows = (const struct sample_row *)c->draw_dev,
+        .logit_row = (const int32_t *)(c->draw_dev + (size_t)n * sizeof(*c->masked)),
+        .id = c->ids + c->base.config.max_logits,
+        .T = draw_pack(c, n, c->masked_idx, c->masked, &n_bytes),
+        .V = c->base.m->vocab,
+        .n_valid = c->base.m->n_token_ids,
+    };
+    CUDA(cudaMemcpyAsync(c->draw_dev, c->draw_host, n_bytes, cudaMemcpyHostToDevice, c->stream));
+    CUDA(cu_sample(&a, c->stream));
+    CUDA(cudaMemcpyAsync(c->host_ids + c->base.config.max_logits, a.id,
+                         sizeof(int32_t) * (size_t)a.T, cudaMemcpyDeviceToHost, c->stream));
+    *ret_n = a.T;
+    return ERR_OK;
+}
+
+static enum err cuda_draft(struct engine *e, const struct batch *b, const struct hidden_ref *hidden,
+                           int32_t *ret_ids)
+{
+    struct engine_cuda *c = of(e);
+    size_t n_bytes = ret_ids ? sizeof(int32_t) * (size_t)b->n_logits : 0;
+    int n_masked = 0;
+    TRY(run(c, b, hidden, true, ret_ids != NULL));
+    if (n_bytes) { // a copy to memory that is not pinned would wait for the pass itself
+        CUDA(cudaMemcpyAsync(c->host_ids, c->ids, n_bytes, cudaMemcpyDeviceToHost, c->stream));
+        TRY(draft_masked(c, b, &n_masked));
+    }
+    TRY(cuda_wait(e));
+    if (n_bytes)
+        memcpy(ret_ids, c->host_ids, n_bytes);
+    for (int i = 0; i < n_masked; i++)
+        ret_ids[c->masked_idx[i]] = c->host_ids[e->config.max_logits + i];
+    return ERR_OK;
 }
 
 /* Brings the draws of n rows back. */

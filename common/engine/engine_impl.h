@@ -42,6 +42,12 @@ MUST_CHECK enum err engine_cpu_create(const struct engine *base, struct kv_pool 
                                       struct engine **ret);
 MUST_CHECK enum err engine_mock_create(const struct engine *base, struct kv_pool *pool,
                                        struct engine **ret);
+/* The mask of logit row i of a draft, or NULL. */
+static inline const uint32_t *batch_allowed(const struct batch *b, int i)
+{
+    return b->allowed ? b->allowed[i] : NULL;
+}
+
 /* Called while a pass is computed; wait_us as in engine_set_meanwhile. No sign of life: a GPU that
  * hangs is waited for too. */
 static inline void engine_meanwhile(const struct engine *e, uint64_t wait_us)

@@ -157,6 +157,8 @@ static enum err mock_import_hidden(struct engine *engine, int slot, const float 
 
 /* ---- passes ---------------------------------------------------------------------------------- */
 
+static int32_t draw(const struct model_config *m, const struct sample_row *row);
+
 /* Only a decode worker takes hidden states in. */
 static bool decodes(const struct engine_mock *e) { return e->base.config.max_imports > 0; }
 
@@ -199,8 +201,12 @@ static enum err mock_draft(struct engine *engine, const struct batch *b,
         spend(e, mock_costs_draft_ms(&e->costs, b->n_seqs));
         TRY(mock_wait(engine));
     }
-    for (int i = 0; ret_ids && i < b->n_logits; i++)
-        ret_ids[i] = mock_token(engine->m, ~0ull, (uint32_t)b->position[b->logit_row[i]]);
+    for (int i = 0; ret_ids && i < b->n_logits; i++) {
+        struct sample_row row = {.seed = ~0ull,
+                                 .position = b->position[b->logit_row[i]],
+                                 .allowed = batch_allowed(b, i)};
+        ret_ids[i] = draw(engine->m, &row);
+    }
     return ERR_OK;
 }
 

@@ -239,6 +239,91 @@ static void drafts_are_the_goldens(void)
     CHECK(n_same >= 0.97 * n_drafts);
 }
 
+/* Every second draft of a batch has a mask, and they share two: each is the best of what is left.
+ */
+static void drafts_keep_to_their_masks(void)
+{
+    enum { N = 24 };
+    int V = weights->config.vocab, n_words = (V + 31) / 32;
+    const struct golden_case *c = &cases[0];
+    float *logits = calloc((size_t)V, sizeof(float));
+    uint32_t *mask[2] = {calloc((size_t)n_words, 4), calloc((size_t)n_words, 4)};
+    const uint32_t *allowed[N];
+    int32_t any[N], got[N];
+    REQUIRE(logits && mask[0] && mask[1] && c->n_prompt >= N);
+    for (int32_t id = 0; id < V; id++)
+        mask[id % 2][id / 32] |= 1u << id % 32;
+    forward_one(0, 0, c->seq, c->n_prompt);
+    batch_clear();
+    batch_add(0, 0, c->seq + 1, N, (struct hidden_ref){HIDDEN_MAIN, 0});
+    CHECK_OK(engine_draft(engine, &a.b, a.hidden, any));
+    for (int i = 0; i < N; i++)
+        allowed[i] = i % 2 ? NULL : mask[i / 2 % 2];
+    a.b.allowed = allowed;
+    CHECK_OK(engine_draft(engine, &a.b, a.hidden, got));
+    for (int i = 0; i < N; i++) {
+        int32_t best = -1;
+        CHECK_OK(engine_read_logits(engine, true, i, logits));
+        for (int32_t id = 0; id < weights->config.n_token_ids; id++)
+            if ((!allowed[i] || allowed[i][id / 32] >> id % 32 & 1) &&
+                (best < 0 || logits[id] > logits[best]))
+                best = id;
+        CHECK_INT(got[i], best);
+        CHECK(allowed[i] || got[i] == any[i]);
+    }
+    free(logits);
+    free(mask[0]);
+    free(mask[1]);
+}
+
+struct other_work {
+    int n_calls;
+    const float *hidden;
+};
+
+/* What a worker does beside a pass: a state comes in, pages are summed. */
+static void other_work(void *user, uint64_t wait_us)
+{
+    struct other_work *o = user;
+    uint64_t sum = 0;
+    CHECK_INT(wait_us, 0);
+    if (o->n_calls++ % 8)
+        return;
+    CHECK_OK(engine_import_hidden(engine, 1, o->hidden));
+    CHECK_OK(kv_pool_checksum(pool, (uint32_t[]){0}, 1, 0, &sum));
+}
+
+/* Passes give the same with somebody using their thread, through a capture and its replays. */
+static void passes_lend_their_thread(void)
+{
+    int V = weights->config.vocab, H = weights->config.hidden, n_calls = 0;
+    const struct golden_case *c = &cases[0];
+    float *want = calloc((size_t)V, sizeof(float)), *got = calloc((size_t)V, sizeof(float));
+    float *hidden = calloc((size_t)H, sizeof(float));
+    REQUIRE(want && got && hidden);
+    forward_one(0, 0, c->seq, c->n_prompt);
+    CHECK_OK(engine_read_logits(engine, false, c->n_prompt - 1, want));
+    struct other_work o = {.hidden = hidden};
+    engine_set_meanwhile(engine, other_work, &o);
+    for (int i = 0; i < 4; i++) {
+        forward_one(0, 0, c->seq, c->n_prompt);
+        CHECK_OK(engine_read_logits(engine, false, c->n_prompt - 1, got));
+        CHECK(!memcmp(want, got, sizeof(float) * (size_t)V));
+        int32_t id;
+        batch_clear();
+        batch_add(0, c->n_prompt - 1, c->seq + c->n_prompt, 1,
+                  (struct hidden_ref){HIDDEN_MAIN, c->n_prompt - 1});
+        CHECK_OK(engine_draft(engine, &a.b, a.hidden, &id));
+    }
+    n_calls = o.n_calls;
+    engine_set_meanwhile(engine, NULL, NULL);
+    printf("%d calls beside 8 passes\n", n_calls);
+    CHECK(n_calls > 8);
+    free(want);
+    free(got);
+    free(hidden);
+}
+
 /* Rows with everything that a row can have, more of them than one round on the device takes: the
  * same ids and log-probabilities as the reference makes of the same logits. */
 static void draws_are_the_references(void)
@@ -441,6 +526,8 @@ int main(int argc, char **argv)
     RUN(greedy_text_is_the_goldens);
     RUN(windows_agree_with_single_rows);
     RUN(drafts_are_the_goldens);
+    RUN(drafts_keep_to_their_masks);
+    RUN(passes_lend_their_thread);
     RUN(draws_are_the_references);
     RUN(hidden_states_travel);
     RUN(page_checksums_are_the_hosts);

@@ -424,6 +424,45 @@ static void drafts_do_not_depend_on_the_batch(void)
     bench_close(&e);
 }
 
+/* A draft is the best of what its mask leaves, whatever the others' masks are. */
+static void drafts_keep_to_their_masks(void)
+{
+    struct bench e = bench_open(weights, 2);
+    int V = weights->config.vocab;
+    float *logits = calloc((size_t)V, sizeof(float));
+    uint32_t *mask = calloc((size_t)(V + 31) / 32, sizeof(*mask));
+    REQUIRE(logits && mask);
+    struct sequence a = sequence_new(&e, 200), b = sequence_new(&e, 200);
+    const struct golden_case *x = &cases[0], *y = &cases[1];
+    struct part parts[] = {{&a, x->seq, x->n_prompt}, {&b, y->seq, y->n_prompt}};
+    forward(&e, parts, 2);
+    static struct arrays arrays;
+    struct hidden_ref ref[MAX_ROWS];
+    a.n = b.n = 0;
+    struct batch batch = batch_make(&arrays, parts, 2);
+    for (int i = 0; i < batch.n_rows; i++)
+        ref[i] = (struct hidden_ref){HIDDEN_MAIN, i};
+    arrays.logit_row[0] = x->n_prompt - 1;
+    arrays.logit_row[1] = batch.n_rows - 1;
+    batch.n_logits = 2;
+    int32_t any[2], got[2];
+    CHECK_OK(engine_draft(e.engine, &batch, ref, any));
+    CHECK_OK(engine_read_logits(e.engine, true, 1, logits));
+    int32_t best = -1;
+    for (int32_t id = 0; id < weights->config.n_token_ids; id++)
+        if (id % 3 && id != any[1]) {
+            mask[id / 32] |= 1u << id % 32;
+            best = best < 0 || logits[id] > logits[best] ? id : best;
+        }
+    batch.allowed = (const uint32_t *const[]){NULL, mask};
+    CHECK_OK(engine_draft(e.engine, &batch, ref, got));
+    CHECK_INT(got[0], any[0]);
+    CHECK_INT(got[1], best);
+    free(logits);
+    free(mask);
+    bench_close(&e);
+}
+
 /* Odd numbers of heads, experts and everything else. */
 static void other_shapes_agree(void)
 {
@@ -571,6 +610,7 @@ int main(void)
     RUN(chunks_threads_and_decode_agree);
     RUN(batch_of_many_equals_alone);
     RUN(drafts_do_not_depend_on_the_batch);
+    RUN(drafts_keep_to_their_masks);
     RUN(other_shapes_agree);
     RUN(bad_batches_are_refused);
     RUN(draws_are_by_row);
