@@ -24,9 +24,9 @@
  * shown to the handler and that has not ended; http_write and friends never call back.
  * 3. Whoever finds a connection broken outside the loop's own callbacks sets .broken and lets
  *    conn_service act on it.
- * 4. Everything written in one loop iteration leaves in one system call: writers mark the
- * connection dirty; a prepare and a check handle (before and after the loop polls) service the
- * dirty ones.
+ * 4. What is written to a connection leaves in one system call: writers mark it dirty; a prepare
+ * and a check handle (before and after the loop polls) service the dirty ones, and
+ * http_server_flush sends earlier.
  * 5. At most one uv_write is under way per connection; what is written meanwhile waits in .out.
  * 6. CLOSED is entered in conn_close only, and memory goes in the close callback only.
  *
@@ -60,6 +60,7 @@ enum {
     LINGER_MS = 2000,
     LINGER_BYTES = 16 << 20, /* many clients send all of a body before they read the 413 */
     MAX_REQUESTS_PER_CONNECTION = 1000,
+    CHUNK_BYTES = 16 + 2 + 2, /* at most, around a chunk's data */
     TICK_MS = 250,
     BACKLOG = 4096,
 };
@@ -88,7 +89,7 @@ struct list {
 };
 
 /* Output handed to libuv because the kernel did not take it at once. */
-struct send {
+struct queued {
     uv_write_t req;
     char *data;
 };
@@ -97,8 +98,10 @@ enum conn_state { IDLE, HEAD, BODY, WORK, FLUSH, LINGER, CLOSED };
 
 struct http_conn {
     uv_tcp_t tcp;
+    int fd; /* tcp's */
     struct http_server *server;
-    struct list all, dirty; /* in server->conns, server->dirty (self-linked when clean) */
+    struct list all;   /* in server->conns */
+    struct list dirty; /* in server->dirty or server->flushed (self-linked when clean) */
     enum conn_state state;
     uint32_t n_requests;
     bool close_after; /* no request follows the one in work */
@@ -114,7 +117,7 @@ struct http_conn {
     struct http_parse *parse; /* in HEAD and BODY, and until the request callback returns */
     struct http_exchange *x;
     struct bytes in, out;
-    struct send *sending;
+    struct queued *sending;
 };
 
 struct http_exchange {
@@ -137,7 +140,8 @@ struct http_server {
     struct http_handler handler;
     void *user;
     struct list conns, dirty;
-    size_t n_conns; /* not CLOSED */
+    struct list flushed; /* dirty ones with nothing to send, but something to do */
+    size_t n_conns;      /* not CLOSED */
     size_t n_exchanges;
     size_t n_handles; /* of the server and all connections: the last one's close frees */
     int port;
@@ -181,18 +185,25 @@ static void list_append(struct list *head, struct list *l)
 #define list_entry(l, member)                                                                      \
     ((struct http_conn *)(void *)((char *)(l)-offsetof(struct http_conn, member)))
 
+static bool bytes_reserve(struct bytes *b, size_t n)
+{
+    if (b->len + n <= b->cap)
+        return true;
+    size_t cap = b->cap ? b->cap : 512;
+    while (cap < b->len + n)
+        cap *= 2;
+    char *grown = realloc(b->data, cap);
+    if (!grown)
+        return false;
+    b->data = grown;
+    b->cap = cap;
+    return true;
+}
+
 static bool bytes_append(struct bytes *b, const char *data, size_t n)
 {
-    if (b->len + n > b->cap) {
-        size_t cap = b->cap ? b->cap : 512;
-        while (cap < b->len + n)
-            cap *= 2;
-        char *grown = realloc(b->data, cap);
-        if (!grown)
-            return false;
-        b->data = grown;
-        b->cap = cap;
-    }
+    if (!bytes_reserve(b, n))
+        return false;
     if (n)
         memcpy(b->data + b->len, data, n);
     b->len += n;
@@ -273,18 +284,30 @@ static void conn_mark_dirty(struct http_conn *c)
 
 static size_t conn_unsent(const struct http_conn *c)
 {
-    return c->out.len + uv_stream_get_write_queue_size((const uv_stream_t *)&c->tcp);
+    size_t n_queued = c->sending ? uv_stream_get_write_queue_size((const uv_stream_t *)&c->tcp) : 0;
+    return c->out.len + n_queued;
+}
+
+/* Makes room for n more bytes of output. false: there is none, and the connection is broken. */
+static bool conn_reserve(struct http_conn *c, size_t n)
+{
+    if (!conn_unsent(c))
+        c->progress_ms = uv_now(c->server->loop); /* nothing was owed until now */
+    conn_mark_dirty(c);
+    if (c->broken)
+        return false;
+    if (!bytes_reserve(&c->out, n)) {
+        log_error("http", "out of memory, connection cut");
+        c->broken = true;
+        return false;
+    }
+    return true;
 }
 
 static void conn_append(struct http_conn *c, const char *data, size_t n)
 {
-    if (!conn_unsent(c))
-        c->progress_ms = uv_now(c->server->loop); /* nothing was owed until now */
-    if (!c->broken && !bytes_append(&c->out, data, n)) {
-        log_error("http", "out of memory, connection cut");
-        c->broken = true;
-    }
-    conn_mark_dirty(c);
+    if (conn_reserve(c, n))
+        (void)bytes_append(&c->out, data, n);
 }
 
 static void conn_append_text(struct http_conn *c, const char *text)
@@ -294,10 +317,10 @@ static void conn_append_text(struct http_conn *c, const char *text)
 
 static void on_written(uv_write_t *req, int status)
 {
-    struct send *send = (struct send *)req;
+    struct queued *queued = (struct queued *)req;
     struct http_conn *c = req->handle->data;
-    free(send->data);
-    free(send);
+    free(queued->data);
+    free(queued);
     c->sending = NULL;
     if (c->state == CLOSED)
         return;
@@ -313,9 +336,9 @@ static void conn_flush(struct http_conn *c)
     if (c->sending || c->broken || c->out.len == 0)
         return;
     c->progress_ms = uv_now(c->server->loop);
-    uv_buf_t buf = uv_buf_init(c->out.data, (unsigned)c->out.len);
-    int n = uv_try_write((uv_stream_t *)&c->tcp, &buf, 1);
-    if (n < 0 && n != UV_EAGAIN) {
+    /* libuv has nothing queued: as uv_try_write, with the cheaper system call. */
+    ssize_t n = send(c->fd, c->out.data, c->out.len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0 && errno != EAGAIN && errno != EINTR && errno != ENOBUFS) {
         c->broken = true;
         return;
     }
@@ -324,21 +347,21 @@ static void conn_flush(struct http_conn *c)
         c->out.len = 0;
         return;
     }
-    struct send *send = malloc(sizeof(*send));
-    if (!send) {
+    struct queued *queued = malloc(sizeof(*queued));
+    if (!queued) {
         c->broken = true;
         return;
     }
-    send->data = c->out.data;
-    buf = uv_buf_init(c->out.data + n_sent, (unsigned)(c->out.len - n_sent));
+    queued->data = c->out.data;
+    uv_buf_t buf = uv_buf_init(c->out.data + n_sent, (unsigned)(c->out.len - n_sent));
     c->out = (struct bytes){0};
-    if (uv_write(&send->req, (uv_stream_t *)&c->tcp, &buf, 1, on_written)) {
-        free(send->data);
-        free(send);
+    if (uv_write(&queued->req, (uv_stream_t *)&c->tcp, &buf, 1, on_written)) {
+        free(queued->data);
+        free(queued);
         c->broken = true;
         return;
     }
-    c->sending = send;
+    c->sending = queued;
     c->queue_seen = uv_stream_get_write_queue_size((uv_stream_t *)&c->tcp);
 }
 
@@ -424,11 +447,9 @@ static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *buf)
 /* Whether a client that we are not reading from has sent FIN behind its unread bytes. */
 static bool conn_has_fin(struct http_conn *c)
 {
-    uv_os_fd_t fd;
     struct tcp_info info;
     socklen_t n = sizeof(info);
-    return !c->reading && !c->peer_done && !uv_fileno((uv_handle_t *)&c->tcp, &fd) &&
-           !getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) &&
+    return !c->reading && !c->peer_done && !getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &info, &n) &&
            (info.tcpi_state == TCP_CLOSE_WAIT || info.tcpi_state == TCP_CLOSE);
 }
 
@@ -720,6 +741,19 @@ void http_stream(struct http_exchange *x, int status, const char *content_type)
     }
 }
 
+/* "1f4\r\n", and returns its end. */
+static char *chunk_size_write(char *at, size_t n)
+{
+    int shift = 0;
+    while (n >> shift >> 4)
+        shift += 4;
+    for (; shift >= 0; shift -= 4)
+        *at++ = "0123456789abcdef"[n >> shift & 15];
+    *at++ = '\r';
+    *at++ = '\n';
+    return at;
+}
+
 enum err http_write(struct http_exchange *x, const char *data, size_t n)
 {
     struct http_conn *c = x->conn;
@@ -740,13 +774,19 @@ enum err http_write(struct http_exchange *x, const char *data, size_t n)
     }
     if (n == 0 || x->bodyless) /* an empty chunk would be the end */
         return ERR_OK;
-    char size[24];
+    if (!conn_reserve(c, n + CHUNK_BYTES))
+        return err_set(ERR_NOMEM, "output buffer");
+    char *at = c->out.data + c->out.len;
     if (x->chunked)
-        conn_append(c, size, (size_t)snprintf(size, sizeof(size), "%zx\r\n", n));
-    conn_append(c, data, n);
-    if (x->chunked)
-        conn_append(c, "\r\n", 2);
-    return c->broken ? err_set(ERR_NOMEM, "output buffer") : ERR_OK;
+        at = chunk_size_write(at, n);
+    memcpy(at, data, n);
+    at += n;
+    if (x->chunked) {
+        *at++ = '\r';
+        *at++ = '\n';
+    }
+    c->out.len = (size_t)(at - c->out.data);
+    return ERR_OK;
 }
 
 void http_end(struct http_exchange *x)
@@ -773,6 +813,7 @@ static void conn_close(struct http_conn *c)
         return;
     c->state = CLOSED;
     c->server->n_conns--;
+    c->fd = -1;
     list_remove(&c->dirty);
     uv_close((uv_handle_t *)&c->tcp, on_closed);
 }
@@ -787,8 +828,7 @@ static void conn_lost(struct http_conn *c)
 /* Everything is sent: say so, then let the client read it before a RST could destroy it. */
 static void conn_linger(struct http_conn *c)
 {
-    uv_os_fd_t fd;
-    if (c->peer_done || uv_fileno((uv_handle_t *)&c->tcp, &fd) || shutdown(fd, SHUT_WR)) {
+    if (c->peer_done || shutdown(c->fd, SHUT_WR)) {
         conn_close(c);
         return;
     }
@@ -826,11 +866,27 @@ static void conn_service(struct http_conn *c)
 
 static void server_service(struct http_server *s)
 {
-    while (!list_is_empty(&s->dirty)) {
-        struct http_conn *c = list_entry(s->dirty.next, dirty);
+    while (!list_is_empty(&s->flushed) || !list_is_empty(&s->dirty)) {
+        struct list *from = list_is_empty(&s->flushed) ? &s->dirty : &s->flushed;
+        struct http_conn *c = list_entry(from->next, dirty);
         list_remove(&c->dirty);
         conn_service(c);
     }
+}
+
+size_t http_server_flush(struct http_server *s)
+{
+    size_t n = 0;
+    while (!list_is_empty(&s->dirty)) {
+        struct http_conn *c = list_entry(s->dirty.next, dirty);
+        list_remove(&c->dirty);
+        n += c->out.len > 0;
+        conn_flush(c);
+        bool streams_on = c->state == WORK && c->reading && !c->sending && !c->broken;
+        if (!streams_on)
+            list_append(&s->flushed, &c->dirty);
+    }
+    return n;
 }
 
 static void on_before_poll(uv_prepare_t *handle) { server_service(handle->data); }
@@ -926,16 +982,15 @@ static void on_closed(uv_handle_t *handle)
 
 static void conn_tune(struct http_conn *c)
 {
-    uv_os_fd_t fd;
     int notsent = NOTSENT_BYTES;
     unsigned dead_ms = (unsigned)MIN(c->server->limits.write_stall_ms, (uint64_t)INT32_MAX);
     uv_tcp_nodelay(&c->tcp, 1);
-    if (uv_fileno((uv_handle_t *)&c->tcp, &fd))
+    if (uv_fileno((uv_handle_t *)&c->tcp, &c->fd))
         return;
     /* Both are improvements, not needs: back-pressure reaches us before the kernel holds megabytes,
      * and a client that lost its network is found without a write of ours piling up. */
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &notsent, sizeof(notsent));
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &dead_ms, sizeof(dead_ms));
+    (void)setsockopt(c->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &notsent, sizeof(notsent));
+    (void)setsockopt(c->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &dead_ms, sizeof(dead_ms));
 }
 
 static void on_connection(uv_stream_t *listener, int status)
@@ -962,6 +1017,7 @@ static void on_connection(uv_stream_t *listener, int status)
     s->n_conns++;
     c->server = s;
     c->tcp.data = c;
+    c->fd = -1;
     list_init(&c->dirty);
     list_append(&s->conns, &c->all);
     c->deadline_ms = uv_now(s->loop) + s->limits.keepalive_ms;
@@ -1031,6 +1087,7 @@ enum err http_server_create(uv_loop_t *loop, const char *host, int port,
     s->user = user;
     list_init(&s->conns);
     list_init(&s->dirty);
+    list_init(&s->flushed);
     s->listener.data = s->tick.data = s->before_poll.data = s->after_poll.data = s;
     int rc = uv_tcp_init(loop, &s->listener);
     if (rc) {

@@ -63,6 +63,9 @@ MUST_CHECK enum err http_server_create(uv_loop_t *loop, const char *host, int po
 int http_server_port(const struct http_server *s);
 size_t http_server_n_connections(const struct http_server *s);
 size_t http_server_n_exchanges(const struct http_server *s);
+/* Sends what was written since, and returns to how many connections. Calls nobody back. Not from
+ * inside a handler. */
+size_t http_server_flush(struct http_server *s);
 /* Stops accepting, closes idle connections, answers the rest with Connection: close. */
 void http_server_drain(struct http_server *s);
 /* Cuts everything. No callbacks afterwards. Memory goes when the loop has run. */
@@ -81,7 +84,8 @@ void http_reply(struct http_exchange *x, int status, const char *content_type, c
 
 /* Starts a streamed answer (chunked on 1.1, close-delimited on 1.0), then any number of writes,
  * then an end. http_write returns ERR_TOO_LARGE if the client is so far behind that it was cut off
- * (gone follows from the loop). Data is copied. Writes of one loop iteration go out together. */
+ * (gone follows from the loop). Data is copied, and leaves when the loop comes round or at
+ * http_server_flush, whichever is first. */
 void http_stream(struct http_exchange *x, int status, const char *content_type);
 enum err http_write(struct http_exchange *x, const char *data, size_t n);
 void http_end(struct http_exchange *x);   /* proper end */

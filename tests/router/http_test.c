@@ -850,7 +850,12 @@ static void streams_are_framed(void)
     CHECK_OK(http_write(held, "", 0));
     CHECK_OK(sse_keepalive(held));
     client_fill(c);
-    CHECK_INT(c->n_rx, n_head); /* all of one iteration leaves together */
+    CHECK_INT(c->n_rx, n_head);              /* all of one iteration leaves together */
+    CHECK_INT(http_server_flush(server), 1); /* unless it is to leave now */
+    CHECK_INT(poll(&(struct pollfd){.fd = c->fd, .events = POLLIN}, 1, 1000), 1);
+    client_fill(c);
+    CHECK(c->n_rx > n_head);
+    CHECK_INT(http_server_flush(server), 0);
     CHECK_OK(sse_write(held, "x\ny\n", 4));
     CHECK_OK(sse_done(held));
     http_end(held);
@@ -1360,6 +1365,8 @@ static void exchanges_end_once_in_chaos(void)
             slot_streams[i] = true;
             for (int k = rand_r(&seed) % 4; k > 0; k--)
                 (void)http_write(x, piece, (size_t)rand_r(&seed) % sizeof(piece));
+            if (rand_r(&seed) % 2)
+                (void)http_server_flush(server);
         } else if (dice < 80 && x) {
             slots[i] = NULL;
             n_chaos_ended++;
