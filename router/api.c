@@ -854,7 +854,7 @@ void api_line_end(struct api_call *call)
         call->broken = true;
     else if (call->x)
         IGNORE_WRITE(http_write(call->x, o->data, o->len));
-    call->last_write_us = clock_now_us();
+    call->last_write_us = uv_now(call->api->c.loop) * 1000;
 }
 
 static void write_done(struct api_call *call)

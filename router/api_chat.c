@@ -278,7 +278,9 @@ static void chat_output(void *user, const struct glm_event *e)
         return;
     }
     struct json_out *o = api_line_begin(call);
-    json_out_fmt(o, "{\"index\":%u,\"delta\":{", choice->idx);
+    out_raw(o, "{\"index\":");
+    out_uint(o, choice->idx);
+    out_raw(o, ",\"delta\":{");
     out_delta(o, e);
     out_raw(o, "}");
     out_choice_end(choice, o, NULL);

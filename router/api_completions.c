@@ -208,7 +208,9 @@ static void out_choice_end(struct api_choice *choice, struct json_out *o, const 
 static void write_line(struct api_choice *choice, const char *text, size_t n, const char *finish)
 {
     struct json_out *o = api_line_begin(choice->call);
-    json_out_fmt(o, "{\"index\":%u,\"text\":", choice->idx);
+    out_raw(o, "{\"index\":");
+    out_uint(o, choice->idx);
+    out_raw(o, ",\"text\":");
     json_out_string(o, text, n);
     out_choice_end(choice, o, finish);
     api_out_line_usage(choice->call, o);

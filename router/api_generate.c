@@ -58,13 +58,19 @@ static enum err generate_encode(struct api_call *call)
 static void out_event_token(struct api_choice *choice, struct json_out *o)
 {
     const struct held_token *t = &choice->token;
-    json_out_fmt(o, "{\"id\":%d,\"text\":", t->id);
+    out_raw(o, "{\"id\":");
+    out_uint(o, (uint32_t)t->id);
+    out_raw(o, ",\"text\":");
     json_out_string(o, t->text.len ? t->text.data : "", t->text.len);
     out_raw(o, ",\"logprob\":");
     out_float(o, t->logprob);
-    json_out_fmt(o, ",\"special\":%s,\"count_output_tokens\":%u,\"prompt_tokens\":%u}",
-                 tokenizer_is_special(choice->call->api->c.tokenizer, t->id) ? "true" : "false",
-                 t->count, choice->prompt->n_ids);
+    bool special = tokenizer_is_special(choice->call->api->c.tokenizer, t->id);
+    out_raw(o, special ? ",\"special\":true,\"count_output_tokens\":"
+                       : ",\"special\":false,\"count_output_tokens\":");
+    out_uint(o, t->count);
+    out_raw(o, ",\"prompt_tokens\":");
+    out_uint(o, choice->prompt->n_ids);
+    out_raw(o, "}");
 }
 
 /* Sends the held token's event; finish: NULL, or why it is the last. */
@@ -82,7 +88,8 @@ static void release_token(struct api_choice *choice, const char *finish)
             json_out_string(o, choice->text.len ? choice->text.data : "", choice->text.len);
         else
             out_raw(o, "null");
-        json_out_fmt(o, ",\"finished\":%s,\"finish_reason\":", finish ? "true" : "false");
+        out_raw(o, finish ? ",\"finished\":true" : ",\"finished\":false");
+        out_raw(o, ",\"finish_reason\":");
         out_text(o, finish);
         out_raw(o, ",\"details\":null}");
         api_line_end(call);

@@ -7,6 +7,8 @@
 #ifndef BATON_API_INTERNAL_H
 #define BATON_API_INTERNAL_H
 
+#include <string.h>
+
 #include "common/base/json.h"
 #include "common/base/own.h"
 #include "router/access.h"
@@ -135,7 +137,12 @@ bool api_gather_begins(struct api_choice *choice, const struct glm_event *e);
 void out_token(struct json_out *o, const struct tokenizer *t, int32_t id);
 void out_float(struct json_out *o, float v);
 void out_text(struct json_out *o, const char *text); /* NUL-terminated, quoted; null for NULL */
-void out_raw(struct json_out *o, const char *text);  /* NUL-terminated, as it is */
+void out_uint(struct json_out *o, uint32_t n);       /* json_out_fmt is too slow for every event */
+/* NUL-terminated, as it is. */
+static inline void out_raw(struct json_out *o, const char *text)
+{
+    json_out_raw(o, text, strlen(text));
+}
 
 /* ---- calls ---- */
 

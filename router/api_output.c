@@ -93,7 +93,14 @@ void api_choice_stop(struct api_choice *choice, const struct gen_end *e)
         choice->call->broken = true;
 }
 
-void out_raw(struct json_out *o, const char *text) { json_out_raw(o, text, strlen(text)); }
+void out_uint(struct json_out *o, uint32_t n)
+{
+    char digits[10], *at = digits + sizeof(digits);
+    do
+        *--at = (char)('0' + n % 10);
+    while (n /= 10);
+    json_out_raw(o, at, (size_t)(digits + sizeof(digits) - at));
+}
 
 void out_text(struct json_out *o, const char *text)
 {
@@ -127,8 +134,10 @@ void out_float(struct json_out *o, float v)
 {
     if (!(v > -9999.0f))
         v = -9999.0f;
-    if (!isfinite(v))
-        v = 0;
+    if (!isfinite(v) || v == 0) {
+        out_raw(o, "0");
+        return;
+    }
     char text[32];
     for (int digits = 6; digits <= 9; digits++) {
         snprintf(text, sizeof(text), "%.*g", digits, (double)v);
