@@ -27,6 +27,7 @@
 #define FLUSH_US 1000000u
 #define SEND_HWM 20000
 #define NO_PEER  UINT64_MAX
+#define FLUSH_AT 16u /* streams whose events are sent before the next ones are made */
 
 static void on_hub(void *user, uint64_t peer, enum link_event event, const struct wire_msg *m,
                    const char *text);
@@ -35,6 +36,8 @@ static void take_beat(struct cluster *c, struct worker_entry *w, const struct wi
 static void take_tokens(struct cluster *c, struct worker_entry *w, const struct wire_msg *m);
 static void on_pump(uv_timer_t *t);
 static void on_tick(uv_timer_t *t);
+static void on_before_poll(uv_prepare_t *h);
+static void on_after_poll(uv_check_t *h);
 static void on_handle_close(uv_handle_t *h);
 static void cluster_free(struct cluster *c);
 DEFINE_OWNED(cluster)
@@ -53,6 +56,8 @@ enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
     c->config = f;
     c->tokenizer = cc->tokenizer;
     c->metrics = cc->metrics;
+    c->flush = cc->flush;
+    c->flush_user = cc->user;
     c->model = cc->model;
     c->max_total_tokens = cc->model.max_total_tokens;
     c->wanted = cc->fingerprint;
@@ -80,13 +85,18 @@ enum err cluster_create(const struct cluster_config *cc, struct cluster **ret)
         TRY(trace_open(f->trace_file, &c->trace));
 
     struct link_limits limits = {.dead_us = DEAD_US, .send_hwm = SEND_HWM};
+    (void)uv_loop_configure(c->loop, UV_METRICS_IDLE_TIME);
     TRY(link_hub_create(c->loop, f->router_endpoint, limits, on_hub, c, &c->hub));
     link_hub_set_epoch(c->hub, c->epoch);
     uv_timer_init(c->loop, &c->pump);
     uv_timer_init(c->loop, &c->tick);
-    c->pump.data = c->tick.data = c;
-    c->n_handles = 2;
+    uv_prepare_init(c->loop, &c->before_poll);
+    uv_check_init(c->loop, &c->after_poll);
+    c->pump.data = c->tick.data = c->before_poll.data = c->after_poll.data = c;
+    c->n_handles = 4;
     uv_timer_start(&c->tick, on_tick, TICK_MS, TICK_MS);
+    uv_prepare_start(&c->before_poll, on_before_poll);
+    uv_check_start(&c->after_poll, on_after_poll);
     log_info("cluster", "endpoint=%s epoch=%" PRIx64 " waiting for workers",
              link_hub_endpoint(c->hub), c->epoch);
     *ret = take(&c);
@@ -108,6 +118,8 @@ void cluster_destroy(struct cluster *c)
     c->hub = NULL;
     uv_close((uv_handle_t *)&c->pump, on_handle_close);
     uv_close((uv_handle_t *)&c->tick, on_handle_close);
+    uv_close((uv_handle_t *)&c->before_poll, on_handle_close);
+    uv_close((uv_handle_t *)&c->after_poll, on_handle_close);
 }
 
 static void on_handle_close(uv_handle_t *h)
@@ -215,6 +227,22 @@ static void on_tick(uv_timer_t *t)
         }
     }
     on_pump(&c->pump);
+}
+
+/* A message that is found after the loop has polled came at the end of its sleep at the earliest:
+ * before, the hub saw to it that there was none. */
+static void on_before_poll(uv_prepare_t *h)
+{
+    struct cluster *c = h->data;
+    c->polled_us = clock_now_us();
+    c->idle_ns = uv_metrics_idle_time(c->loop);
+}
+
+/* Started behind the hub's, so that libuv calls it first. */
+static void on_after_poll(uv_check_t *h)
+{
+    struct cluster *c = h->data;
+    c->woken_us = c->polled_us + (uv_metrics_idle_time(c->loop) - c->idle_ns) / 1000;
 }
 
 /* -- workers come and go -- */
@@ -430,22 +458,46 @@ static void take_beat(struct cluster *c, struct worker_entry *w, const struct wi
     cluster_kick(c);
 }
 
+/* Returns the time when the events that were written are with the kernel, or with the queue of a
+ * client that does not read. */
+static uint64_t flush_events(struct cluster *c)
+{
+    size_t n = c->flush ? c->flush(c->flush_user) : 0;
+    uint64_t now = clock_now_us();
+    metric_observe_many(cluster_metric(c, METRIC_event_delay), (double)(now - c->woken_us) / 1e6,
+                        n);
+    return now;
+}
+
+/* A step of hundreds of streams: the first clients do not wait for the last one's event, and what
+ * a stream needs is still in the cache when its event is sent. */
 static void take_tokens(struct cluster *c, struct worker_entry *w, const struct wire_msg *m)
 {
     if (failpoint_pass("router.tokens") != FAILPOINT_NONE)
         return;
     struct wire_stream_view v;
-    size_t offset = 0, n_tokens = 0;
-    uint32_t idx = w->idx;
-    uint64_t peer = w->peer;
-    while (wire_tokens_next(m, &offset, &v)) {
+    size_t offset = 0, ahead = 0, n_tokens = 0;
+    uint32_t idx = w->idx, n_unsent = 0;
+    uint64_t peer = w->peer, now = clock_now_us();
+    for (;;) {
+        if (n_unsent == 0)
+            for (uint32_t i = 0; i < FLUSH_AT && wire_tokens_next(m, &ahead, &v); i++)
+                gen_warm(c, v.head->req_id);
+        if (!wire_tokens_next(m, &offset, &v))
+            break;
         n_tokens += v.head->n_tokens;
-        if (gen_take(c, idx, &v) == ERR_OK)
-            continue;
-        if (w->present && w->peer == peer)
-            cluster_lose(c, w, true, err_text(ERR_PROTO));
-        return;
+        if (gen_take(c, idx, &v, now) != ERR_OK) {
+            if (w->present && w->peer == peer)
+                cluster_lose(c, w, true, err_text(ERR_PROTO));
+            return;
+        }
+        if (++n_unsent == FLUSH_AT) {
+            now = flush_events(c);
+            n_unsent = 0;
+        }
     }
+    if (n_unsent > 0)
+        (void)flush_events(c);
     if (w->hello.role == WIRE_DECODE && n_tokens > 0)
         OBSERVE_N(c, iteration_tokens, n_tokens);
 }

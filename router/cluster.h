@@ -22,6 +22,10 @@ struct cluster_config {
     struct cluster_model model;
     struct wire_fingerprint fingerprint; /* expected; kv_dtype, n_* as the first worker says if 0 */
     struct metrics *metrics;
+    /* Sends what callbacks of gens have written so far; returns to how many clients. NULL: all is
+     * sent when the loop comes round. */
+    size_t (*flush)(void *user);
+    void *user;
 };
 
 /* Binds config->router_endpoint and draws the epoch. */

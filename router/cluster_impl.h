@@ -36,6 +36,8 @@ struct cluster {
     struct link_hub *hub;
     uint64_t epoch;
     struct wire_buf out;
+    size_t (*flush)(void *user); // of cluster_config
+    void *flush_user;
     struct sched *sched;
     struct workers workers;
     uint64_t n_stale, n_lost, n_refused;
@@ -51,8 +53,12 @@ struct cluster {
     struct trace *trace; // NULL: not wanted
     uint64_t flushed_us;
     uv_timer_t pump, tick;
+    uv_prepare_t before_poll;
+    uv_check_t after_poll;
     uint64_t pulsed_us;
-    int n_handles; // of the two above, until their close callbacks ran
+    uint64_t polled_us, idle_ns; // when the loop began to poll; its time asleep until then
+    uint64_t woken_us;           // what arrives now did not arrive before
+    int n_handles;               // of the four above, until their close callbacks ran
     bool closed;
 };
 
@@ -65,7 +71,11 @@ void cluster_lose(struct cluster *c, struct worker_entry *w, bool died, const ch
 /* gen.c: what cluster.c tells it. ERR_PROTO from gen_take: the worker that sent it talks nonsense.
  */
 void gen_submit(struct cluster *c, const struct sched_action *a);
-MUST_CHECK enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v);
+MUST_CHECK enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,
+                             uint64_t now_us);
+/* What gen_take will read of a gen is on its way to the cache when this returns: a step's gens are
+ * waited for together instead of one by one. */
+void gen_warm(const struct cluster *c, uint64_t id);
 void gen_attempt_failed(struct cluster *c, uint32_t worker, const struct wire_msg *m);
 void gen_fail(struct gen *g, enum err code, const char *text);
 void gen_table_finish(struct cluster *c);

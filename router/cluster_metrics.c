@@ -29,6 +29,8 @@ static const double ttft_le[] = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .
 static const double itl_le[] = {.0005, .001, .002, .003, .004, .005, .0075, .01, .025,
                                 .05,   .075, .1,   .15,  .2,   .3,   .4,    .5,  .75,
                                 1,     2.5,  5,    7.5,  10,   20,   40,    80};
+static const double delay_le[] = {.0001, .0002, .0005, .001, .0015, .002, .0025, .003, .004,
+                                  .005,  .0075, .01,   .025, .05,   .1,   .25,   1};
 static const double latency_le[] = {.05, .1, .2, .3, .5, .8, 1,   1.5, 2,   2.5, 5,    10,
                                     15,  20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 static const double token_le[] = {1,     2,      5,      10,     20,     50,    100,
@@ -42,7 +44,8 @@ static const struct bounds {
     const double *le;
     size_t n;
 } none = {NULL, 0}, ttft_bounds = {ttft_le, ARRAY_LEN(ttft_le)},
-  itl_bounds = {itl_le, ARRAY_LEN(itl_le)}, latency_bounds = {latency_le, ARRAY_LEN(latency_le)},
+  itl_bounds = {itl_le, ARRAY_LEN(itl_le)}, delay_bounds = {delay_le, ARRAY_LEN(delay_le)},
+  latency_bounds = {latency_le, ARRAY_LEN(latency_le)},
   token_bounds = {token_le, ARRAY_LEN(token_le)}, step_bounds = {step_le, ARRAY_LEN(step_le)},
   n_bounds = {n_le, ARRAY_LEN(n_le)};
 

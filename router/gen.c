@@ -28,6 +28,9 @@
     256u /* whole pages; prompts that share them go to the same prefill worker                     \
           */
 
+#define CACHE_LINE 64u
+#define USER_WARM  512u // of what callbacks get
+
 /* What a trace needs beyond the gen's own figures. */
 struct origin {
     char request_id[132], trace_id[33], parent_id[17], span_id[17];
@@ -81,7 +84,7 @@ static void table_remove(struct cluster *c, struct gen *g);
 static struct gen *table_find(const struct cluster *c, uint64_t id);
 static bool ids_reserve(struct gen *g, size_t n);
 static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_t skip,
-                        uint32_t worker);
+                        uint32_t worker, uint64_t now_us);
 static void gen_trace(struct gen *g, const char *finish, const char *error);
 static void gen_end(struct gen *g, enum gen_finish finish, int32_t stop_id, int which);
 static void attempt_failed(struct gen *g, uint32_t from, enum err code, const char *text);
@@ -366,7 +369,20 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
 
 /* -- from the workers -- */
 
-enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v)
+void gen_warm(const struct cluster *c, uint64_t id)
+{
+    const struct gen *g = table_find(c, id);
+    if (!g)
+        return;
+    for (size_t i = 0; i < sizeof(*g); i += CACHE_LINE)
+        __builtin_prefetch((const char *)g + i);
+    for (size_t i = 0; i < USER_WARM; i += CACHE_LINE)
+        __builtin_prefetch((const char *)g->user + i);
+    __builtin_prefetch(g->ids + g->n_ids, 1);
+}
+
+enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,
+                  uint64_t now_us)
 {
     const struct wire_stream *h = v->head;
     struct gen *g = table_find(c, h->req_id);
@@ -401,7 +417,7 @@ enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_v
         attempt_failed(g, SCHED_NONE, ERR_PEER_LOST, "tokens were lost on the way");
         return ERR_OK;
     }
-    gen_deliver(g, v, g->n_emitted - h->first_pos, worker);
+    gen_deliver(g, v, g->n_emitted - h->first_pos, worker, now_us);
     return ERR_OK;
 }
 
@@ -456,10 +472,10 @@ static bool pass_text(struct gen *g, const struct json_out *piece, int *which)
     return true;
 }
 
-static void measure(struct gen *g, uint32_t n_new, const struct wire_stream *h, uint32_t worker)
+static void measure(struct gen *g, uint32_t n_new, const struct wire_stream *h, uint32_t worker,
+                    uint64_t now)
 {
     struct cluster *c = g->cluster;
-    uint64_t now = clock_now_us();
     if (c->workers.at[worker].hello.role == WIRE_PREFILL) {
         g->prefill_end_us = now;
         g->prefill_start_us = MAX(now - MIN(h->prefill_us, now), g->placed_us);
@@ -483,7 +499,7 @@ static void measure(struct gen *g, uint32_t n_new, const struct wire_stream *h, 
 
 /* Takes the record's tokens from `skip` on: text, callbacks, and the end if it is one. */
 static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_t skip,
-                        uint32_t worker)
+                        uint32_t worker, uint64_t now_us)
 {
     struct cluster *c = g->cluster;
     const struct wire_stream *h = v->head;
@@ -510,8 +526,8 @@ static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_
         if (!matched && g->stop)
             stop_flush(g->stop, &c->text);
     }
-    sched_token(c->sched, g->slot, worker, g->n_emitted, clock_now_us());
-    measure(g, n_used, h, worker);
+    sched_token(c->sched, g->slot, worker, g->n_emitted, now_us);
+    measure(g, n_used, h, worker, now_us);
 
     if (c->text.failed || c->piece.failed) {
         json_out_finish(&c->text);

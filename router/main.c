@@ -60,6 +60,7 @@ static void on_hangup(uv_signal_t *s, int signum);
 static void on_check(uv_timer_t *t);
 static void on_watchdog(uv_timer_t *t);
 static json_t *on_admin(void *user, const char *command, const char *argument);
+static size_t flush_clients(void *user);
 static void write_metrics(void *user, struct json_out *out);
 static void write_status(void *user, struct json_out *out);
 static const struct http_handler guard;
@@ -183,6 +184,8 @@ static enum err start(struct router *r)
                         .vocab = (uint32_t)r->model.vocab,
                         .tokenizer_hash = r->model.tokenizer_hash},
         .metrics = r->metrics,
+        .flush = flush_clients,
+        .user = r,
     };
     TRY(cluster_create(&cc, &r->cluster));
 
@@ -263,6 +266,12 @@ static const struct http_handler guard = {.headers = guard_headers,
                                           .request = guard_request,
                                           .gone = guard_gone,
                                           .error_body = guard_error_body};
+
+static size_t flush_clients(void *user)
+{
+    struct router *r = user;
+    return r->http ? http_server_flush(r->http) : 0;
+}
 
 /* -- stop -- */
 

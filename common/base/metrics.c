@@ -147,16 +147,18 @@ void metric_set(struct metric *s, double v)
         s->value = v;
 }
 
-void metric_observe(struct metric *s, double v)
+void metric_observe(struct metric *s, double v) { metric_observe_many(s, v, 1); }
+
+void metric_observe_many(struct metric *s, double v, size_t n)
 {
     if (!s || !isfinite(v))
         return;
     const struct family *f = s->family;
-    s->value += v;
-    s->count++;
+    s->value += v * (double)n;
+    s->count += n;
     for (size_t i = 0; i < f->n_bounds; i++) {
         if (v <= f->bounds[i]) {
-            s->buckets[i]++;
+            s->buckets[i] += n;
             return;
         }
     }

@@ -31,6 +31,7 @@ void metrics_remove(struct metrics *m, struct metric *series);
 void metric_add(struct metric *s, double v);     /* counters and gauges */
 void metric_set(struct metric *s, double v);     /* gauges, and counters that mirror a total */
 void metric_observe(struct metric *s, double v); /* histograms */
+void metric_observe_many(struct metric *s, double v, size_t n); /* v, n times */
 /* Makes s, a histogram, show what from shows: one measurement under two names. */
 void metric_mirror(struct metric *s, const struct metric *from);
 double metric_value(const struct metric *s); /* counters, gauges; a histogram's count */

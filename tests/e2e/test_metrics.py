@@ -101,7 +101,8 @@ def test_what_is_counted(cluster):
         raise AssertionError(f"{name} {labels} is not there")
 
     counted = ["vllm:request_max_num_generation_tokens_count", "vllm:request_params_n_count",
-               "vllm:request_params_n_sum", "vllm:time_per_output_token_seconds_count", "baton_handoff_gap_seconds_count"]
+               "vllm:request_params_n_sum", "vllm:time_per_output_token_seconds_count", "baton_handoff_gap_seconds_count",
+               "baton_event_delay_seconds_count"]
     before = {n: value(n) for n in counted}
     grants = value("baton_grants_total", engine="decode/0")
     a, b = gather(cluster, "/v1/chat/completions", [ASK, {**ASK, "n": 3, "temperature": 1, "seed": 1}])
@@ -111,6 +112,9 @@ def test_what_is_counted(cluster):
     assert after["vllm:request_params_n_count"] - before["vllm:request_params_n_count"] == 2
     assert after["vllm:request_params_n_sum"] - before["vllm:request_params_n_sum"] == 4
     assert after["baton_handoff_gap_seconds_count"] - before["baton_handoff_gap_seconds_count"] == 4
+    # Two streams, one of them of three choices: one event for each token, or for the choices of a step together.
+    events = after["baton_event_delay_seconds_count"] - before["baton_event_delay_seconds_count"]
+    assert 4 < events <= len(a.events) + len(b.events)
     assert after["vllm:time_per_output_token_seconds_count"] == value("vllm:inter_token_latency_seconds_count")
     # Workers tell these with their next beat, each with its own.
     wait(lambda: value("baton_grants_total", engine="decode/0") == grants + 4, 5, "the grants show", cluster.log)
