@@ -480,9 +480,13 @@ static void take_tokens(struct cluster *c, struct worker_entry *w, const struct 
     uint32_t idx = w->idx, n_unsent = 0;
     uint64_t peer = w->peer, now = clock_now_us();
     for (;;) {
-        if (n_unsent == 0)
-            for (uint32_t i = 0; i < FLUSH_AT && wire_tokens_next(m, &ahead, &v); i++)
-                gen_warm(c, v.head->req_id);
+        if (n_unsent == 0) {
+            uint64_t ids[FLUSH_AT];
+            uint32_t n = 0;
+            while (n < FLUSH_AT && wire_tokens_next(m, &ahead, &v))
+                ids[n++] = v.head->req_id;
+            gens_warm(c, ids, n);
+        }
         if (!wire_tokens_next(m, &offset, &v))
             break;
         n_tokens += v.head->n_tokens;

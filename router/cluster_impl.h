@@ -73,9 +73,9 @@ void cluster_lose(struct cluster *c, struct worker_entry *w, bool died, const ch
 void gen_submit(struct cluster *c, const struct sched_action *a);
 MUST_CHECK enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,
                              uint64_t now_us);
-/* What gen_take will read of a gen is on its way to the cache when this returns: a step's gens are
+/* What gen_take will read of these is on its way to the cache when this returns: gens of a step are
  * waited for together instead of one by one. */
-void gen_warm(const struct cluster *c, uint64_t id);
+void gens_warm(const struct cluster *c, const uint64_t *ids, uint32_t n);
 void gen_attempt_failed(struct cluster *c, uint32_t worker, const struct wire_msg *m);
 void gen_fail(struct gen *g, enum err code, const char *text);
 void gen_table_finish(struct cluster *c);

@@ -81,6 +81,7 @@ static void gen_destroy(struct gen *g);
 DEFINE_OWNED(gen)
 static enum err table_add(struct cluster *c, struct gen *g);
 static void table_remove(struct cluster *c, struct gen *g);
+static struct gen **bucket(const struct cluster *c, uint64_t id);
 static struct gen *table_find(const struct cluster *c, uint64_t id);
 static bool ids_reserve(struct gen *g, size_t n);
 static void gen_deliver(struct gen *g, const struct wire_stream_view *v, uint32_t skip,
@@ -369,16 +370,24 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
 
 /* -- from the workers -- */
 
-void gen_warm(const struct cluster *c, uint64_t id)
+void gens_warm(const struct cluster *c, const uint64_t *ids, uint32_t n)
 {
-    const struct gen *g = table_find(c, id);
-    if (!g)
+    if (!c->n_buckets)
         return;
-    for (size_t i = 0; i < sizeof(*g); i += CACHE_LINE)
-        __builtin_prefetch((const char *)g + i);
-    for (size_t i = 0; i < USER_WARM; i += CACHE_LINE)
-        __builtin_prefetch((const char *)g->user + i);
-    __builtin_prefetch(g->ids + g->n_ids, 1);
+    for (uint32_t i = 0; i < n; i++)
+        __builtin_prefetch(bucket(c, ids[i]));
+    for (uint32_t i = 0; i < n; i++)
+        __builtin_prefetch(*bucket(c, ids[i]));
+    for (uint32_t i = 0; i < n; i++) {
+        const struct gen *g = table_find(c, ids[i]);
+        if (!g)
+            continue;
+        for (size_t at = 0; at < sizeof(*g); at += CACHE_LINE)
+            __builtin_prefetch((const char *)g + at);
+        for (size_t at = 0; at < USER_WARM; at += CACHE_LINE)
+            __builtin_prefetch((const char *)g->user + at);
+        __builtin_prefetch(g->ids + g->n_ids, 1);
+    }
 }
 
 enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,

@@ -31,7 +31,8 @@
  * 6. CLOSED is entered in conn_close only, and memory goes in the close callback only.
  *
  * An idle connection is this struct and nothing else: buffers, parser and exchange come with a
- * request. Deadlines are checked by one coarse tick over all connections.
+ * request, and a stream that has sent what it had holds no buffer. Deadlines are checked by one
+ * coarse tick over all connections.
  */
 #include "router/http.h"
 
@@ -60,6 +61,8 @@ enum {
     LINGER_MS = 2000,
     LINGER_BYTES = 16 << 20, /* many clients send all of a body before they read the 413 */
     MAX_REQUESTS_PER_CONNECTION = 1000,
+    MAX_SPARE = 32, /* output buffers that go round among the connections */
+    SPARE_BYTES = 2048,
     CHUNK_BYTES = 16 + 2 + 2, /* at most, around a chunk's data */
     TICK_MS = 250,
     BACKLOG = 4096,
@@ -140,8 +143,10 @@ struct http_server {
     struct http_handler handler;
     void *user;
     struct list conns, dirty;
-    struct list flushed; /* dirty ones with nothing to send, but something to do */
-    size_t n_conns;      /* not CLOSED */
+    struct list flushed;           /* dirty ones with nothing to send, but something to do */
+    struct bytes spare[MAX_SPARE]; /* the last one is the one that the cache knows best */
+    size_t n_spare;
+    size_t n_conns; /* not CLOSED */
     size_t n_exchanges;
     size_t n_handles; /* of the server and all connections: the last one's close frees */
     int port;
@@ -296,6 +301,8 @@ static bool conn_reserve(struct http_conn *c, size_t n)
     conn_mark_dirty(c);
     if (c->broken)
         return false;
+    if (!c->out.data && c->server->n_spare)
+        c->out = c->server->spare[--c->server->n_spare];
     if (!bytes_reserve(&c->out, n)) {
         log_error("http", "out of memory, connection cut");
         c->broken = true;
@@ -313,6 +320,17 @@ static void conn_append(struct http_conn *c, const char *data, size_t n)
 static void conn_append_text(struct http_conn *c, const char *text)
 {
     conn_append(c, text, strlen(text));
+}
+
+/* All of .out is sent. A stream writes a line now and then: meanwhile its buffer serves others. */
+static void conn_spare_out(struct http_conn *c)
+{
+    struct http_server *s = c->server;
+    c->out.len = 0;
+    if (c->out.cap > SPARE_BYTES || s->n_spare == MAX_SPARE)
+        return;
+    s->spare[s->n_spare++] = c->out;
+    c->out = (struct bytes){0};
 }
 
 static void on_written(uv_write_t *req, int status)
@@ -344,7 +362,7 @@ static void conn_flush(struct http_conn *c)
     }
     size_t n_sent = n > 0 ? (size_t)n : 0;
     if (n_sent == c->out.len) {
-        c->out.len = 0;
+        conn_spare_out(c);
         return;
     }
     struct queued *queued = malloc(sizeof(*queued));
@@ -960,8 +978,11 @@ static void on_tick(uv_timer_t *handle)
 
 static void server_unref(struct http_server *s)
 {
-    if (--s->n_handles == 0)
-        free(s);
+    if (--s->n_handles)
+        return;
+    while (s->n_spare)
+        bytes_finish(&s->spare[--s->n_spare]);
+    free(s);
 }
 
 static void on_server_handle_closed(uv_handle_t *handle) { server_unref(handle->data); }

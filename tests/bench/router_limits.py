@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """What the router can carry, as a table. Not a test: nothing is asserted.
 
-    E2E_BUILD_DIR=build python3 tests/bench/router_limits.py [--quick]
+    E2E_BUILD_DIR=build python3 tests/bench/router_limits.py [--quick] [--only PART...] [--receiver-apart] [--realtime]
 
 The real router, protocol and workers; only what a GPU computes is made up (`--device mock`). Figures of the
 router are its CPU time (the kernel's part for its sockets included) per token, which a busy machine
 hardly changes: tokens/s on one core are the inverse. Rates and times of the clock are only worth something on an
 idle machine with a core for the generator.
+
+On loopback the sender's core also does the receiver's part of TCP. --receiver-apart (root) runs all of this in a
+network namespace of its own, where the other cores do that part (receive packet steering), and the router is kept on the
+first core: as with a client on another machine, but for an interrupt of the other core that a network card would not
+need. --realtime (root) lets nobody take the core away from the router, so that delays by the clock are its own even on
+a busy machine.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "e2e"))
 from cluster import BATON, Cluster, wait  # noqa: E402
@@ -36,20 +43,36 @@ def flat_costs(step_ms):
             "prefill_tokens_per_s": 2e6, "prefill_chunk_ms": 5}
 
 
+options = argparse.Namespace(receiver_apart=False, realtime=False)
+
+
+def settle(cluster):
+    """Gives the router the core that the options promise it."""
+    for task in pathlib.Path(f"/proc/{cluster.pid('router')}/task").iterdir():
+        if options.receiver_apart:
+            os.sched_setaffinity(int(task.name), {0})
+        if options.realtime:
+            os.sched_setscheduler(int(task.name), os.SCHED_FIFO, os.sched_param(1))
+    return cluster
+
+
 def mock_cluster(directory, costs, *flags, **kw):
     if costs:
         file = pathlib.Path(directory) / "costs.json"
         file.write_text(json.dumps(costs))
         flags += ("--mock-costs", file)
-    return Cluster("--device", "mock", *flags, **kw).ready()
+    return settle(Cluster("--device", "mock", *flags, **kw).ready())
+
+
+def bench(cluster, out, *flags):
+    return [str(a) for a in (BATON, "bench", "--url", cluster.url, "--progress", "off", "--json", out, *flags)]
 
 
 def load(cluster, directory, *flags):
     """(summary, requests, the router's CPU seconds)"""
     out = pathlib.Path(directory) / "run.json"
     before = cpu_s(cluster.pid("router"))
-    subprocess.run([str(a) for a in (BATON, "bench", "--url", cluster.url, "--progress", "off", "--json", out, *flags)],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(bench(cluster, out, *flags), check=True, stdout=subprocess.DEVNULL)
     used = cpu_s(cluster.pid("router")) - before
     run = json.loads(out.read_text())
     return run["summary"], run["requests"], used
@@ -106,6 +129,50 @@ def latency(directory, tokens):
         print(f"| {streams} | {per_step_ms:.2f} ms | {quantile(behind_first_ms(requests, STEP_MS), 99):.2f} ms |")
 
 
+def delays_now(cluster):
+    """{bound: events that took no longer}, and how many streams are decoded"""
+    below, running = {}, 0
+    for line in cluster.get("/metrics")[2].splitlines():
+        if line.startswith("baton_event_delay_seconds_bucket"):
+            below[float(line.split('le="')[1].split('"')[0])] = int(line.rsplit(" ", 1)[1])
+        elif line.startswith("vllm:num_requests_running") and 'role="decode"' in line:
+            running += float(line.rsplit(" ", 1)[1])
+    return below, running
+
+
+def delay_quantile(below, p):
+    """ms, straight between two bounds"""
+    rank, from_, before = below[float("inf")] * p / 100, 0, 0
+    for bound, n in below.items():
+        if n >= rank:
+            return (from_ + (bound - from_) * (rank - before) / max(n - before, 1)) * 1e3
+        from_, before = bound, n
+
+
+def delays(directory, streams, tokens):
+    """The router's own metric while all streams are decoded by four workers, each at its own pace."""
+    print(f"\nDelay from a worker's message to each of its events being sent: {streams} streams, 2P+4D, steps not aligned\n")
+    print("| | events/s | tokens/s | p50 | p90 | p99 | p99.9 | within 2 ms | router's CPU |\n|---|---|---|---|---|---|---|---|---|")
+    for what, step_ms, flags in (("an event a token", 50, ()),
+                                 ("drafts of 2, 70 % right", 108, ("--mtp-step", 2, "--mtp-simulate-acceptance", 0.7))):
+        with mock_cluster(directory, flat_costs(step_ms), "--running-max-req-size", 512, *flags, prefill=2, decode=4) as c:
+            load_it = subprocess.Popen(bench(c, pathlib.Path(directory) / "run.json", "--num-prompts", streams,
+                                             "--input-len", 64, "--output-len", tokens), stdout=subprocess.DEVNULL)
+            wait(lambda: delays_now(c)[1] == streams, 60, "all streams are decoded", c.log)
+            before, began, used = delays_now(c)[0], time.monotonic(), cpu_s(c.pid("router"))
+            made = c.get("/status")[2]["cluster"]["totals"]["generated_tokens"]
+            while (now := delays_now(c))[1] == streams:
+                below, ended, used_then = now[0], time.monotonic(), cpu_s(c.pid("router"))
+                made_then = c.get("/status")[2]["cluster"]["totals"]["generated_tokens"]
+                time.sleep(0.2)
+            load_it.wait()
+        below = {k: below[k] - before[k] for k in below}
+        s, n = ended - began, below[float("inf")]
+        quantiles = " | ".join(f"{delay_quantile(below, p):.2f} ms" for p in (50, 90, 99, 99.9))
+        print(f"| {what} | {n / s:.0f} | {(made_then - made) / s:.0f} | {quantiles} | {below[.002] / n * 100:.1f} % |"
+              f" {(used_then - used) / s * 100:.0f} % of a core, {(used_then - used) / n * 1e6:.2f} µs an event |")
+
+
 def answered(port):
     """A connection that has had an answer and stays open."""
     s = socket.create_connection(("127.0.0.1", port))
@@ -134,16 +201,37 @@ def idle_memory(connections):
     print(f"| {connections} | {row[0]:.0f} bytes each | {row[1]:.0f} bytes each |")
 
 
+def move_receiver():
+    """Starts this program again in a network namespace whose loopback hands packets to the other cores."""
+    others = (1 << os.cpu_count()) - 2
+    prepare = ("mount -t sysfs sysfs /sys && ip link set lo up && "
+               f"echo {others:x} > /sys/class/net/lo/queues/rx-0/rps_cpus && exec \"$@\"")
+    os.environ["BATON_RECEIVER_APART"] = "1"
+    os.execvp("unshare", ["unshare", "--net", "--mount", "bash", "-c", prepare, "bash", sys.executable, *sys.argv])
+
+
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    part = 10 if parser.parse_args().quick else 1
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
+    parser.add_argument("--receiver-apart", action="store_true")
+    parser.add_argument("--realtime", action="store_true")
+    parts = ("throughput", "pace", "latency", "delays", "idle")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.parse_args(namespace=options)
+    if options.receiver_apart and "BATON_RECEIVER_APART" not in os.environ:
+        move_receiver()
+    part = 10 if options.quick else 1
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
+          + (", receiver's part of TCP on other cores" if options.receiver_apart else "")
+          + (", router at real-time priority" if options.realtime else ""))
     with tempfile.TemporaryDirectory() as directory:
-        throughput(directory, 2000 // part, 300 // part)
-        pace(directory, 2000 // part)
-        latency(directory, 200 // part)
-        idle_memory(10000 // part)
+        for name, measure in {"throughput": lambda: throughput(directory, 2000 // part, 300 // part),
+                              "pace": lambda: pace(directory, 2000 // part),
+                              "latency": lambda: latency(directory, 200 // part),
+                              "delays": lambda: delays(directory, 2000 // part, 300 // min(part, 3)),
+                              "idle": lambda: idle_memory(10000 // part)}.items():
+            if name in options.only:
+                measure()
 
 
 if __name__ == "__main__":
