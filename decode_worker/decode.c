@@ -507,9 +507,9 @@ static void on_release(struct decode *d, uint64_t instance, const struct wire_ms
     settle(d, st);
 }
 
-static void drop_all(struct decode *d)
+static void drop_all(struct decode *d, const char *why)
 {
-    handoff_in_reset(d->handoff); // nothing writes into the pool any more
+    handoff_in_reset(d->handoff, why); // nothing writes into the pool any more
     while (d->streams)
         stream_end(d, d->streams);
     memset(d->early, 0, sizeof(d->early));
@@ -556,7 +556,7 @@ static void on_mail(struct decode *d, const struct mail *m)
         break;
     }
     case MAIL_EPOCH:
-        drop_all(d);
+        drop_all(d, "the router is gone or new");
         break;
     case MAIL_DRAIN:
         d->draining = true;
@@ -812,7 +812,7 @@ void decode_run(void *decode)
         worker_progress(d->worker, busy);
         wait_us = busy ? 0 : IDLE_WAIT_US;
     }
-    drop_all(d);
+    drop_all(d, "this worker stops");
 }
 
 void decode_destroy(struct decode *d)
@@ -820,7 +820,7 @@ void decode_destroy(struct decode *d)
     if (!d)
         return;
     if (d->handoff)
-        drop_all(d);
+        drop_all(d, "this worker stops");
     handoff_in_destroy(d->handoff);
     speculate_destroy(d->speculate);
     constraints_destroy(d->constraints);

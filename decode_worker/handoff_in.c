@@ -236,17 +236,17 @@ bool handoff_in_mail(struct handoff_in *h, const struct mail *m)
     }
 }
 
-void handoff_in_reset(struct handoff_in *h)
+void handoff_in_reset(struct handoff_in *h, const char *why)
 {
     while (h->sources)
-        source_remove(h->sources, "new router");
+        source_remove(h->sources, why);
 }
 
 void handoff_in_destroy(struct handoff_in *h)
 {
     if (!h)
         return;
-    handoff_in_reset(h);
+    handoff_in_reset(h, "this worker stops");
     free(h);
 }
 

@@ -32,7 +32,7 @@ MUST_CHECK enum err handoff_in_create(const struct handoff_in_config *c, struct 
 void handoff_in_destroy(struct handoff_in *h);
 /* Returns true if the mail was about peers or transfers and has been dealt with. */
 bool handoff_in_mail(struct handoff_in *h, const struct mail *m);
-void handoff_in_reset(struct handoff_in *h);
+void handoff_in_reset(struct handoff_in *h, const char *why);
 bool handoff_in_up(const struct handoff_in *h, uint64_t instance);
 /* The prefill worker behind a peer key of MAIL_PEER; 0 if it has not joined. */
 uint64_t handoff_in_instance(const struct handoff_in *h, uint64_t peer);

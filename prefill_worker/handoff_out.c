@@ -269,17 +269,17 @@ uint64_t handoff_out_tick(struct handoff_out *h, uint64_t now_us)
     return next;
 }
 
-void handoff_out_reset(struct handoff_out *h)
+void handoff_out_reset(struct handoff_out *h, const char *why)
 {
     while (h->targets)
-        target_remove(h->targets, "new router");
+        target_remove(h->targets, why);
 }
 
 void handoff_out_destroy(struct handoff_out *h)
 {
     if (!h)
         return;
-    handoff_out_reset(h);
+    handoff_out_reset(h, "this worker stops");
     free(h);
 }
 

@@ -42,8 +42,8 @@ bool handoff_out_mail(struct handoff_out *h, const struct mail *m);
 /* Reconnects what is down and due. Returns when it wants to be called again (us from now, 0:
  * never). */
 uint64_t handoff_out_tick(struct handoff_out *h, uint64_t now_us);
-/* A new router: forgets everyone; posted transfers are ended first. */
-void handoff_out_reset(struct handoff_out *h);
+/* A new router, or the end: forgets everyone; posted transfers are ended first. */
+void handoff_out_reset(struct handoff_out *h, const char *why);
 
 bool handoff_out_known(const struct handoff_out *h, uint64_t instance);
 /* Up: pages may be pushed. */

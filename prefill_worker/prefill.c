@@ -741,9 +741,9 @@ static bool compute_chunk(struct prefill *p)
 
 /* ---- the loop ---- */
 
-static void drop_all(struct prefill *p)
+static void drop_all(struct prefill *p, const char *why)
 {
-    handoff_out_reset(p->handoff); // fails the prompts of every peer, ends transfers
+    handoff_out_reset(p->handoff, why); // fails the prompts of every peer, ends transfers
     while (p->prompts)
         prompt_end(p, p->prompts);
     for (struct early_grant *g = p->early, *next; g; g = next) {
@@ -786,7 +786,7 @@ static void on_mail(struct prefill *p, const struct mail *m)
             on_grant(p, m->peer, &m->msg);
         break;
     case MAIL_EPOCH:
-        drop_all(p);
+        drop_all(p, "the router is gone or new");
         break;
     case MAIL_DRAIN:
         p->draining = true;
@@ -888,7 +888,7 @@ void prefill_run(void *prefill)
         worker_progress(p->worker, busy);
         wait_us = busy ? 0 : due_us ? MIN(due_us, IDLE_WAIT_US) : IDLE_WAIT_US;
     }
-    drop_all(p);
+    drop_all(p, "this worker stops");
 }
 
 void prefill_destroy(struct prefill *p)
@@ -896,7 +896,7 @@ void prefill_destroy(struct prefill *p)
     if (!p)
         return;
     if (p->handoff)
-        drop_all(p);
+        drop_all(p, "this worker stops");
     handoff_out_destroy(p->handoff);
     prefix_cache_destroy(p->cache);
     constraints_destroy(p->constraints);
