@@ -7,7 +7,7 @@
   serve.py bench PREFIX [devices, workloads, flags]
                                          full size, dummy weights: baton bench's workloads by name;
                                          ShareGPT's prompts where PREFIX/sharegpt.jsonl is, else synthetic ones
-Only the standard library, since such a machine may have no more.
+Only the standard library, since such a machine may have no more. All of a machine at once: machine.py.
 """
 
 import concurrent.futures
@@ -15,18 +15,15 @@ import http.client
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-prefix = pathlib.Path(sys.argv[2]).resolve()
-os.environ["E2E_BUILD_DIR"] = str(prefix)
-os.environ["LD_LIBRARY_PATH"] = f"{prefix}/lib:/usr/local/cuda/lib64:" + os.environ.get("LD_LIBRARY_PATH", "")
-sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+from prefix import ROOT, flash_dir, sharegpt, use
+
+prefix = use(sys.argv[2])
 from cluster import Cluster  # noqa: E402
 
 MARGIN = 0.3
@@ -148,15 +145,6 @@ def faults(devices, flags):
     return failed
 
 
-def flash_dir():
-    to = pathlib.Path(tempfile.mkdtemp()) / "flash"
-    to.mkdir()
-    for f in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "deploy" / "demo-model" / f, to)
-    shutil.copy(ROOT / "tests" / "bench" / "flash" / "config.json", to)
-    return to
-
-
 def stream(cluster, prompt, n):
     """One streamed completion: (time to first token, times between tokens, tokens, end to end)."""
     connection = http.client.HTTPConnection(cluster.host, cluster.port, timeout=300)
@@ -252,9 +240,7 @@ def bench(devices, rest):
         for workload in workloads:
             report = pathlib.Path(os.environ.get("OUT", cluster.dir)) / f"{workload}.json"
             more = {"moderate": ["--num-prompts", "200"], "steady": ["--num-prompts", "80"]}.get(workload, [])
-            if (prefix / "sharegpt.jsonl").exists():
-                more += ["--data", prefix / "sharegpt.jsonl", "--prompts", "ids",
-                         "--extra-body", '{"skip_special_tokens": false}']
+            more += sharegpt(prefix)
             failed += subprocess.run([prefix / "baton-bench", "--url", cluster.url, "--workload", workload,
                                       "--vocab-size", "2900", "--num-warmups", "64", "--json", report,
                                       *more]).returncode

@@ -1,0 +1,115 @@
+"""tests/device/machine.py on mock devices: what one calls on a machine with GPUs, PREFIX and all."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cluster import BUILD, ROOT, SLOWER, wait
+
+DEVICE = ROOT / "tests" / "device"
+sys.path.insert(0, str(DEVICE))
+import machine  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    to = tmp_path_factory.mktemp("prefix")
+    subprocess.run([DEVICE / "pack", BUILD, to], check=True, timeout=60 * SLOWER)
+    return to
+
+
+def start(prefix, out, *flags):
+    return subprocess.Popen([sys.executable, DEVICE / "machine.py", prefix, out, *map(str, flags)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_two_gpus(prefix, tmp_path):
+    costs = tmp_path / "costs.json"
+    costs.write_text('{"decode_ms": [[1, 1]], "verify_row_ms": [[1, 0]], "draft_ms": [[1, 0.1]], "prefill_chunk_ms": 1}')
+    p = start(prefix, tmp_path, "--pretend", 2, "--budget", 20 * SLOWER, "--workloads", "high-conc,steady",
+              "--mock-costs", costs)
+    said = p.communicate(timeout=60 * SLOWER)[0]
+    assert p.returncode == 0, said
+    s = summary(tmp_path)
+    assert s["topology"] == "gpu-1p1d" and not s["failed"] and s["seconds"] < 40 * SLOWER
+    assert [(r["workload"], r["mtp"]) for r in s["runs"]] == [
+        ("high-conc", "off"), ("steady", "off"), ("high-conc", "on"), ("steady", "on")]
+    assert all(r["completed"] == r["num_prompts"] >= machine.FEWEST for r in s["runs"])
+    table = (tmp_path / "summary.md").read_text()
+    assert table in said and "| high-conc | on |" in table and "6728" in table
+    assert "steady, MTP on" in (tmp_path / "report.html").read_text()
+    drafts = [float(re.search(r"^vllm:spec_decode_num_drafts_total(?:\{.*\})? (\S+)$",
+                              (tmp_path / f"metrics-mtp-{mtp}.txt").read_text(), re.M)[1]) for mtp in ("off", "on")]
+    assert drafts[0] == 0 and drafts[1] > 0
+
+
+def test_a_step_that_fails(prefix, tmp_path):
+    """The cluster cannot start: the exit code says so, and the steps after it are tried."""
+    broken = tmp_path / "prefix"
+    shutil.copytree(prefix, broken)
+    (broken / "decode_worker" / "baton-decode").unlink()
+    p = start(broken, tmp_path / "out", "--pretend", 1, "--budget", 30, "--workloads", "steady")
+    said = p.communicate(timeout=40 * SLOWER)[0]
+    assert p.returncode == 1, said
+    outcomes = {x["name"]: x["outcome"] for x in summary(tmp_path / "out")["steps"]}
+    assert outcomes == {"preflight": "failed", "start, MTP off": "failed", "start, MTP on": "failed"}, said
+
+
+def test_stopped_in_the_middle(prefix, tmp_path):
+    p = start(prefix, tmp_path, "--pretend", 4, "--budget", 300, "--workloads", "steady")
+    wait(lambda: "--workload steady" in (tmp_path / "log").read_text() if (tmp_path / "log").exists() else False,
+         20, "a workload runs")
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=40 * SLOWER)[0]
+    assert p.returncode == 1, said
+    s = summary(tmp_path)
+    assert s["failed"] and [x["outcome"] for x in s["steps"]] == ["ok", "ok", "failed"]
+    left = [d for d in os.listdir("/proc") if d.isdigit() and str(prefix) in command_line(d)]
+    assert not left, [command_line(d) for d in left]
+
+
+def command_line(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("gpus, name", [(1, "one-gpu"), (2, "gpu-1p1d"), (3, "gpu-1p1d"), (4, "gpu-2p2d"),
+                                        (8, "gpu-2p2d")])
+def test_topologies(gpus, name):
+    file, n_each = machine.topology_for(gpus)
+    topology = json.loads(file.read_text())
+    assert file.stem == name and len(topology["prefill"]) == len(topology["decode"]) == n_each
+
+
+@pytest.mark.parametrize("real_rate", [800, 3000, 12000, 40000])
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_the_budget_holds(gpus, real_rate):
+    """Whatever the machine makes: workloads, clusters and the steps before them fit nine minutes, and a fast
+    machine is asked all 2000 requests."""
+    left, rate, asked = 540 - 60, gpus * machine.TOKENS_PER_S_GPU, {}
+    jobs = [(mtp, w) for mtp in ("off", "on") for w in machine.WORKLOADS]
+    while jobs:
+        (mtp, workload), per_s = jobs[0], machine.WORKLOADS[jobs[0][1]][1]
+        if mtp not in [m for m, _ in asked]:
+            left -= machine.CLUSTER_S
+        n = asked[jobs[0]] = machine.n_requests(workload, machine.share(left, jobs), rate, machine.MEAN_OUTPUT)
+        left -= machine.TAIL_S + n / per_s if per_s else n * machine.MEAN_OUTPUT / real_rate
+        rate = rate if per_s else real_rate
+        jobs = jobs[1:]
+    first = asked["off", "burst"] * machine.MEAN_OUTPUT / real_rate  # was asked before anything was known
+    assert left >= min(0, 120 - first), (left, asked)
+    assert asked["off", "steady"] == 200 and asked["on", "moderate"] == 400 or real_rate < 3000
+    assert asked["on", "burst"] == 2000 or real_rate < 12000
