@@ -19,6 +19,7 @@
 
 #include "common/engine/model_config.h"
 #include "common/engine/safetensors.h"
+#include "common/engine/weights.h"
 #include "deploy/cpus.h"
 #include "deploy/place.h"
 
@@ -26,7 +27,6 @@
 #define GPU_SPARE_BYTES    (3 * GIB) // contexts, cuBLAS, workspaces of one process, at the least
 #define SHM_SPARE_BYTES    (64ull << 20)
 #define CPU_POOL_TOKENS    32768 // a worker's default, see --max-total-token-num
-#define KV_WIDTH           576
 #define FILES_PER_PROCESS  256   // beside client connections
 #define MIN_DRIVER_CUDA    12000 // the first that knows Hopper
 #define DESIGN_CONNECTIONS 16384
@@ -135,6 +135,15 @@ static void check_weights(struct report *r, const char *dir)
        gib(r->weights_bytes));
 }
 
+static void check_dummy(struct report *r, const struct model_config *config)
+{
+    enum err e = weights_bytes(config, &r->weights_bytes);
+    if (e)
+        fail(r, "weights", "see config.json", "%s", err_text(e));
+    else
+        ok(r, "weights", "%.2f GiB, made up (--load-format dummy)", gib(r->weights_bytes));
+}
+
 static void check_model(struct report *r)
 {
     const struct plan_proc *worker = &r->plan->procs[1];
@@ -165,7 +174,7 @@ static void check_model(struct report *r)
     if (!strcmp(setting(worker, "device", "BATON_DEVICE"), "mock"))
         ok(r, "weights", "none (--device mock)");
     else if (dummy)
-        ok(r, "weights", "made up (--load-format dummy)");
+        check_dummy(r, &config);
     else
         check_weights(r, dir);
 }
@@ -252,6 +261,13 @@ static uint64_t gpu_need(const struct report *r, int idx, int *ret_workers)
     return need;
 }
 
+/* Every worker of a GPU has a pool of a given size, they are for a smaller one, and the model is no
+ * toy. */
+static bool much_unused(const struct report *r, const struct gpu *u, uint64_t need)
+{
+    return r->weights_bytes > u->total_bytes / 4 && u->free_bytes - need > u->total_bytes / 4;
+}
+
 /* Two workers on one GPU that both take what is left: the second finds nothing. */
 static bool pool_unbounded(const struct report *r, int idx)
 {
@@ -295,6 +311,10 @@ static void check_gpu(struct report *r, const struct gpus *g, int idx)
     else if (n_workers > 1 && pool_unbounded(r, idx))
         fail(r, what, "give each --max-total-token-num, as topologies/one-gpu.json does",
              "%d workers share it and one of them takes all memory that is left", n_workers);
+    else if (!pool_unbounded(r, idx) && much_unused(r, u, need))
+        warn(r, what, "raise --max-total-token-num, as topologies/one-h200.json does",
+             "%s, %.1f of %.1f GiB free: the KV pools leave about %.0f unused", u->name,
+             gib(u->free_bytes), gib(u->total_bytes), gib(u->free_bytes - need));
     else
         ok(r, what, "%s, %.1f of %.1f GiB free, %d worker%s", u->name, gib(u->free_bytes),
            gib(u->total_bytes), n_workers, n_workers > 1 ? "s" : "");

@@ -13,6 +13,7 @@ import pytest
 from cluster import BATON, BUILD, DEMO_MODEL, ROOT
 
 H100 = "90,80,79,0,0"
+H200 = "90,140,139,0,0"
 TOPOLOGIES = ROOT / "deploy" / "topologies"
 LAUNCH = ROOT / "deploy" / "launch-4xh200"
 
@@ -74,7 +75,7 @@ def test_cpu(machine):
     assert not [x for x in report if x[1] in ("driver", "cuda", "nvlink")]
 
 
-@pytest.mark.parametrize("topology, n", [("one-gpu", 1), ("gpu-1p1d", 2), ("gpu-2p2d", 4), ("gpu-1p3d", 4)])
+@pytest.mark.parametrize("topology, n", [("one-gpu", 1), ("one-h200", 1), ("gpu-1p1d", 2), ("gpu-2p2d", 4), ("gpu-1p3d", 4)])
 def test_topologies_fit(machine, topology, n):
     """Each shipped GPU topology passes on the machine that it is for and fails with a GPU less."""
     flags = ("--topology", TOPOLOGIES / f"{topology}.json")
@@ -103,6 +104,24 @@ def test_exclusive_gpu(machine):
     assert not bad(machine("--topology", TOPOLOGIES / "gpu-1p1d.json", gpus=[exclusive] * 2))
     report = machine("--topology", TOPOLOGIES / "one-gpu.json", gpus=[exclusive])
     assert bad(report) == {("FAIL", "cuda:0")}, report
+
+
+@pytest.mark.parametrize("topology, gpu, unfit", [
+    ("one-gpu", H100, set()),
+    ("one-gpu", H200, {("warn", "cuda:0")}),
+    ("one-h200", H200, set()),
+    ("one-h200", H100, {("FAIL", "cuda:0")}),
+    ("gpu-1p1d", H200, set()),
+])
+def test_pools_fit_the_real_model(machine, topology, gpu, unfit):
+    """Dummy weights of the real size: 57 GiB count before the pools do."""
+    flash = ROOT / "tests" / "bench" / "flash"
+    report = machine("--topology", TOPOLOGIES / f"{topology}.json", "--model-dir", flash, "--load-format", "dummy",
+                     gpus=[gpu, gpu])
+    assert bad(report) - {("FAIL", "model")} == unfit, report  # no tokenizer.json there
+    assert "56.97 GiB" in text_of(report, "weights")
+    if ("warn", "cuda:0") in unfit:
+        assert "unused" in text_of(report, "cuda:0") and "one-h200" in text_of(report, "cuda:0")
 
 
 def test_shared_gpu_needs_pool_sizes(machine):
