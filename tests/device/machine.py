@@ -6,7 +6,7 @@ four workloads at full size (dummy weights) without MTP and with it.
 
 PREFIX is what tests/device/pack made; ShareGPT's prompts where PREFIX/sharegpt.jsonl is, else synthetic ones.
 Four GPUs run two prefill and two decode workers, two or three one of each, one GPU both roles with shared
-weights: deploy/topologies. Workloads are cut to the budget: those with a rate to 40 s, the others to the
+weights and KV pools for its memory: deploy/topologies. Workloads are cut to the budget: those with a rate to 40 s, the others to the
 requests that their share of the time holds, all 2000 where it can.
 
 OUT gets summary.md, summary.json, report.html and log, written anew after every step: a run that is killed
@@ -40,6 +40,7 @@ TAIL_S = 10            # the answers that are still under way when the last requ
 LEAST_S = 15           # of a workload without one
 FEWEST = 8             # requests
 CLUSTER_S = 45         # to start and to stop one
+ONE_H200_MIB = 135000  # what its pools and the weights want
 TOKENS_PER_S_GPU = 1500  # until something has been measured: rather too few than too many
 MEAN_OUTPUT = 194      # tokens of an answer where baton bench draws the lengths
 ACCEPTANCE = 0.7       # simulated: dummy weights cannot draft
@@ -49,20 +50,23 @@ class Cut(Exception):
     """A signal: what there is gets written, and that was it."""
 
 
-def n_gpus():
-    """GPUs that CUDA would show us."""
+def find_gpus():
+    """The GPUs that CUDA would show us: how many, and the MiB of the smallest."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+                                capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    n = sum(line.startswith("GPU ") for line in listed.splitlines())
+        return 0, 0
+    mib = [int(line) for line in listed.split("\n") if line.strip().isdigit()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return n if visible is None else min(n, len([x for x in visible.split(",") if x.strip()]))
+    n = len(mib) if visible is None else min(len(mib), len([x for x in visible.split(",") if x.strip()]))
+    return n, min(mib, default=0)
 
 
-def topology_for(gpus):
+def topology_for(gpus, mib):
     """(file, number of prefill and of decode workers)"""
-    name, n = ("gpu-2p2d", 2) if gpus >= 4 else ("gpu-1p1d", 1) if gpus >= 2 else ("one-gpu", 1)
+    one = "one-h200" if mib >= ONE_H200_MIB else "one-gpu"
+    name, n = ("gpu-2p2d", 2) if gpus >= 4 else ("gpu-1p1d", 1) if gpus >= 2 else (one, 1)
     return ROOT / "deploy" / "topologies" / f"{name}.json", n
 
 
@@ -88,8 +92,9 @@ class Run:
     def __init__(self, a, prefix):
         self.a, self.prefix, self.out = a, prefix, pathlib.Path(a.out)
         self.begun = time.monotonic()
-        self.gpus = a.pretend or a.gpus or n_gpus()
-        self.topology, self.n_each = topology_for(self.gpus)
+        n, mib = (a.pretend, 0) if a.pretend else find_gpus()
+        self.gpus = min(n, a.gpus or n)
+        self.topology, self.n_each = topology_for(self.gpus, mib)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "log").write_text("")
         self.log_file = open(self.out / "log", "a", buffering=1)
@@ -273,7 +278,7 @@ class Run:
 
     def all(self):
         if not self.gpus:
-            raise SystemExit("machine.py: no GPU found (nvidia-smi -L); --pretend N does without")
+            raise SystemExit("machine.py: no GPU found (nvidia-smi); --pretend N does without")
         self.say(f"{self.gpus} GPUs{' (pretended)' if self.a.pretend else ''}, {self.topology.stem}, "
                  f"{'ShareGPT' if self.data else 'synthetic prompts'}, {self.a.budget:.0f} s")
         self.step("preflight", 30, self.preflight)

@@ -86,10 +86,16 @@ def command_line(pid):
         return ""
 
 
-@pytest.mark.parametrize("gpus, name", [(1, "one-gpu"), (2, "gpu-1p1d"), (3, "gpu-1p1d"), (4, "gpu-2p2d"),
-                                        (8, "gpu-2p2d")])
-def test_topologies(gpus, name):
-    file, n_each = machine.topology_for(gpus)
+@pytest.mark.parametrize("gpus, mib, name", [(1, 81559, "one-gpu"), (1, 143771, "one-h200"), (2, 81559, "gpu-1p1d"),
+                                             (3, 143771, "gpu-1p1d"), (4, 81559, "gpu-2p2d"), (8, 81559, "gpu-2p2d")])
+def test_topologies(gpus, mib, name, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + f"echo {mib}\n" * gpus)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.find_gpus() == (gpus, mib)
+    file, n_each = machine.topology_for(gpus, mib)
     topology = json.loads(file.read_text())
     assert file.stem == name and len(topology["prefill"]) == len(topology["decode"]) == n_each
 
