@@ -121,7 +121,8 @@ uint32_t engine_device_us(const struct engine *e);
 const struct model_config *engine_model(const struct engine *e);
 
 /* What the mock engine draws for an absolute position, in [0, n_text_ids) (unless it is banned or
- * outside of a grammar's mask: then the next one that is not): with splitmix64's finaliser,
+ * outside of a grammar's mask: then the next one that is not; or given, see mock_outputs.h): with
+ * splitmix64's finaliser,
  * mix(seed + position * 0x9e3779b97f4a7c15) >> 32, times n_text_ids, >> 32. */
 int32_t mock_token(const struct model_config *m, uint64_t seed, uint32_t position);
 

@@ -4,7 +4,8 @@
  * router, a scheduler and a load generator meet the pace of a cluster of GPUs on a machine without
  * any.
  *
- * The token at a position is a function of (seed, position) alone: see mock_token. Its own page
+ * The token at a position is a function of (seed, position) alone: see mock_token, and
+ * mock_outputs.h for outputs that are given. Its own page
  * layout is small: per layer and token the slot's number and the token. Each pass looks whether the
  * slots before its rows are there, and each draft whether its hidden state is that of its slot, so
  * that a page or a state that went to the wrong place is an error and no other text.
@@ -19,6 +20,7 @@
 
 #include "common/base/hash.h"
 #include "common/engine/mock_costs.h"
+#include "common/engine/mock_outputs.h"
 
 #define PROGRESS_NS 100000000 /* the longest wait without a sign of life */
 #define MAX_LATE_NS 100000000 /* that is made up for; more was no oversleeping but a stop */
@@ -31,8 +33,9 @@ struct cell {
 struct engine_mock {
     struct engine base;
     struct mock_costs costs;
-    struct cell *kv; // [page][layer][64]
-    int64_t due_ns;  // end of the pass under way
+    struct mock_outputs *outputs; // NULL: none are given
+    struct cell *kv;              // [page][layer][64]
+    int64_t due_ns;               // end of the pass under way
     int64_t late_ns;
     int32_t *slot, *draft_slot, *next_slot; // [max_rows] of the last forward, draft; scratch
     int32_t *import_slot;                   // [max_imports]
@@ -41,6 +44,7 @@ struct engine_mock {
 static void mock_destroy(struct engine *engine)
 {
     struct engine_mock *e = (struct engine_mock *)engine;
+    mock_outputs_destroy(e->outputs);
     free(e->slot);
     free(e->draft_slot);
     free(e->next_slot);
@@ -226,16 +230,24 @@ static bool is_in(const int32_t *list, int n, int32_t id)
     return false;
 }
 
-/* The next id from mock_token's on that may be drawn; one that ends the output only where a grammar
- * leaves nothing else. */
-static int32_t draw(const struct model_config *m, const struct sample_row *row)
+static bool may_draw(const struct sample_row *row, int32_t id)
 {
-    int32_t first = mock_token(m, row->seed, (uint32_t)row->position), end = -1;
+    return !(row->allowed && !(row->allowed[id / 32] >> id % 32 & 1)) &&
+           !is_in(row->banned, row->n_banned, id);
+}
+
+/* The given token, if it may be drawn. Else the next id from mock_token's on that may be; one that
+ * ends the output only where a grammar leaves nothing else. */
+static int32_t draw(const struct engine_mock *e, const struct sample_row *row)
+{
+    const struct model_config *m = e->base.m;
+    int32_t given, first = mock_token(m, row->seed, (uint32_t)row->position), end = -1;
+    if (mock_outputs_at(e->outputs, row->seed, (uint32_t)row->position, &given) &&
+        may_draw(row, given))
+        return given;
     for (int k = 0; k < m->n_token_ids; k++) {
         int32_t id = (int32_t)(((int64_t)first + k) % m->n_token_ids);
-        if (row->allowed && !(row->allowed[id / 32] >> id % 32 & 1))
-            continue;
-        if (is_in(row->banned, row->n_banned, id))
+        if (!may_draw(row, id))
             continue;
         if (!is_in(m->eos, m->n_eos, id))
             return id;
@@ -251,7 +263,7 @@ static enum err mock_sample(struct engine *engine, int n, const int32_t *idx,
     (void)idx;
     const struct model_config *m = engine->m;
     for (int i = 0; i < n; i++) {
-        ret_ids[i] = draw(m, &rows[i]);
+        ret_ids[i] = draw((struct engine_mock *)engine, &rows[i]);
         if (rows[i].n_logprobs >= 0 && ret_logprob)
             ret_logprob[i] = -0.5f;
         for (int k = 0; k < rows[i].n_logprobs && k < max_top; k++) {
@@ -294,6 +306,8 @@ enum err engine_mock_create(const struct engine *base, struct kv_pool *pool, str
     e->base.ops = &mock_ops;
     e->costs = *c->mock;
     e->kv = kv_pool_base(pool);
+    if (c->mock->outputs[0])
+        TRY(mock_outputs_load(c->mock->outputs, base->m->n_token_ids, &e->outputs));
     e->slot = calloc((size_t)c->max_rows, sizeof(*e->slot));
     e->draft_slot = calloc((size_t)c->max_rows, sizeof(*e->draft_slot));
     e->next_slot = calloc((size_t)c->max_rows, sizeof(*e->next_slot));

@@ -75,10 +75,21 @@ static enum err curve_read(const json_t *root, const char *name, struct mock_cur
     return ERR_OK;
 }
 
+static enum err path_read(const json_t *v, char ret[MOCK_MAX_PATH])
+{
+    if (!v)
+        return ERR_OK;
+    if (!json_is_string(v) || json_string_length(v) >= MOCK_MAX_PATH)
+        return err_set(ERR_INVALID, "outputs must be a path of less than %d bytes", MOCK_MAX_PATH);
+    memcpy(ret, json_string_value(v), json_string_length(v) + 1);
+    return ERR_OK;
+}
+
 static enum err costs_read(const json_t *root, struct mock_costs *c)
 {
-    static const char *const members[] = {"decode_ms", "verify_row_ms", "draft_ms",
-                                          "prefill_tokens_per_s", "prefill_chunk_ms"};
+    static const char *const members[] = {"decode_ms",        "verify_row_ms",
+                                          "draft_ms",         "prefill_tokens_per_s",
+                                          "prefill_chunk_ms", "outputs"};
     if (!json_is_object(root))
         return err_set(ERR_INVALID, "not an object");
     const char *key;
@@ -94,7 +105,8 @@ static enum err costs_read(const json_t *root, struct mock_costs *c)
     TRY(curve_read(root, "verify_row_ms", &c->verify_row));
     TRY(curve_read(root, "draft_ms", &c->draft));
     TRY(json_get_double(root, "prefill_tokens_per_s", 1, 1e9, &c->prefill_tokens_per_s));
-    return json_get_double(root, "prefill_chunk_ms", 0, MAX_MS, &c->prefill_chunk_ms);
+    TRY(json_get_double(root, "prefill_chunk_ms", 0, MAX_MS, &c->prefill_chunk_ms));
+    return path_read(json_object_get(root, "outputs"), c->outputs);
 }
 
 enum err mock_costs_load(const char *path, struct mock_costs *ret)

@@ -7,6 +7,7 @@
 #include "common/base/clock.h"
 #include "common/engine/engine.h"
 #include "common/engine/mock_costs.h"
+#include "common/engine/mock_outputs.h"
 #include "scratch.h"
 
 #define N_PAGES 8
@@ -210,6 +211,60 @@ static void tokens_are_a_function_of_seed_and_position(void)
     bench_close(&b);
 }
 
+/* What a seed of output `number`, begun at position `first`, draws at a position. */
+static int32_t given(struct bench *b, uint64_t number, uint64_t first, int32_t position)
+{
+    struct sample_row row = {.seed = 77ull << 32 | number << 16 | first, .position = position};
+    return drawn(b, &row);
+}
+
+static void outputs_are_given(void)
+{
+    struct scratch s = scratch_open();
+    struct mock_costs c;
+    char text[4200];
+    scratch_text(&s, "outputs.json", "[[5, 70, 6], [], [8]]");
+    snprintf(text, sizeof(text), "{\"outputs\": \"%s\"}", scratch_path(&s, "outputs.json"));
+    CHECK_OK(costs_of(&s, text, &c));
+    struct mock_costs costs = no_time;
+    memcpy(costs.outputs, c.outputs, sizeof(costs.outputs));
+    struct bench b = bench_open(&costs, NULL);
+    const int32_t pages[2] = {3, 1};
+    CHECK_OK(pass(&b, 1, 1, pages, NULL));
+    CHECK_INT(given(&b, 1, 40, 40), 5);
+    CHECK_INT(given(&b, 1, 40, 41), 70); /* the end, where it is given */
+    CHECK_INT(given(&b, 1, 40, 42), 6);
+    CHECK_INT(given(&b, 3, 0, 0), 8);
+    static const struct {
+        uint64_t number, first;
+        int32_t position;
+    } made_up[] = {{1, 40, 39}, {1, 40, 43}, {2, 40, 40}, {3, 0, 1}, {0, 40, 40}, {4, 40, 40}};
+    for (size_t i = 0; i < ARRAY_LEN(made_up); i++)
+        CHECK_INT(given(&b, made_up[i].number, made_up[i].first, made_up[i].position),
+                  mock_token(&model, 77ull << 32 | made_up[i].number << 16 | made_up[i].first,
+                             (uint32_t)made_up[i].position));
+    uint32_t mask[3] = {1u << 9, 0, 0};
+    struct sample_row row = {.seed = 1 << 16 | 40, .position = 40, .allowed = mask};
+    CHECK_INT(drawn(&b, &row), 9); /* a grammar's mask is stronger */
+    bench_close(&b);
+
+    static const struct {
+        const char *text, *names;
+    } bad[] = {{"{}", "list of at most"},
+               {"[[1], 2]", "output 1 must be a list"},
+               {"[[1, 90]]", "output 0: [1] must be a token id, 0 to 89"},
+               {"[[-1]]", "output 0: [0]"},
+               {"[[1.5]]", "output 0: [0]"}};
+    for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+        struct mock_outputs *o = NULL;
+        scratch_text(&s, "outputs.json", bad[i].text);
+        CHECK_INT(mock_outputs_load(c.outputs, 90, &o), ERR_INVALID);
+        CHECK(strstr(err_text(ERR_INVALID), bad[i].names) != NULL);
+    }
+    CHECK_INT(costs_of(&s, "{\"outputs\": 5}", &c), ERR_INVALID);
+    scratch_close(&s);
+}
+
 static void pages_in_wrong_places_are_noticed(void)
 {
     struct bench b = bench_open(&no_time, NULL);
@@ -306,6 +361,7 @@ int main(void)
     RUN(costs_follow_the_table);
     RUN(costs_come_from_a_file);
     RUN(tokens_are_a_function_of_seed_and_position);
+    RUN(outputs_are_given);
     RUN(pages_in_wrong_places_are_noticed);
     RUN(hidden_states_belong_to_slots);
     RUN(steps_take_their_time);
