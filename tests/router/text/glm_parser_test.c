@@ -1,9 +1,16 @@
 /* glm_parser_test.c: what each output means, and that it means so however it is cut.
  *
- * Rows are written as the model writes; between two \1 tags are only spelled, not meant. What
- * comes out is written r{reasoning} c{content} f{name|arguments}, in order, with ! at the end if
- * the output broke off inside arguments. Every row is run whole, token by token, with all text
- * after all ids, and at random splits.
+ * glm_outputs.json is the table; tests/e2e/test_parser_cases.py sends it through a cluster. A case
+ * has "in", written as the model writes (between two \1 tags are only spelled, not meant; behind a
+ * token that ends the output nothing counts), and "out", the events: ["reasoning", text],
+ * ["content", text], ["call", name, arguments]. Or "value": [key, value, the JSON of it], for a
+ * call of f. "thinking", "calls": false, "schema": false and "length" (it did not end by itself)
+ * say how it was asked, "broken" that it broke off inside arguments, "of" what the case is there
+ * for.
+ *
+ * Here events are written r{reasoning} c{content} f{name|arguments}, in order, with ! at the end of
+ * broken ones. Every row is run whole, token by token, with all text after all ids, and at random
+ * splits.
  */
 #include "router/text/glm_parser.h"
 
@@ -26,289 +33,14 @@ static struct tokenizer *tokenizer;
 static json_t *tools;
 static uint64_t seed = 20240229;
 
-static const char tools_text[] =
-    "[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{\"type\":\"object\","
-    "\"$defs\":{\"str\":{\"type\":\"string\"},\"loop\":{\"$ref\":\"#/$defs/loop\"},"
-    "\"wide\":{\"anyOf\":[{\"$ref\":\"#/$defs/wide\"},{\"$ref\":\"#/$defs/wide\"}]},"
-    "\"a/b~c\":{\"type\":\"integer\"},\"more\":{\"properties\":{\"inherited\":{\"type\":"
-    "\"string\"}}}},\"allOf\":[{\"$ref\":\"#/$defs/more\"}],"
-    "\"properties\":{\"s\":{\"type\":\"string\"},\"t\":{\"type\":\"string\"},"
-    "\"i\":{\"type\":\"integer\"},\"n\":{\"type\":\"number\"},\"b\":{\"type\":\"boolean\"},"
-    "\"o\":{\"type\":\"object\"},\"a\":{\"type\":\"array\"},\"z\":{\"type\":\"null\"},"
-    "\"os\":{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"null\"}]},"
-    "\"ls\":{\"type\":[\"string\",\"null\"]},"
-    "\"oi\":{\"oneOf\":[{\"type\":\"integer\"},{\"type\":\"null\"}]},"
-    "\"si\":{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"integer\"}]},"
-    "\"sb\":{\"type\":[\"string\",\"boolean\"]},\"sa\":{\"type\":[\"string\",\"array\"]},"
-    "\"so\":{\"type\":[\"string\",\"object\"]},"
-    "\"e\":{\"enum\":[\"1\",\"two\"]},\"ei\":{\"enum\":[1,2]},\"em\":{\"enum\":[\"a\",1]},"
-    "\"ci\":{\"const\":7},\"cs\":{\"const\":\"7\"},\"r\":{\"$ref\":\"#/$defs/str\"},"
-    "\"rp\":{\"$ref\":\"#/$defs/a~1b~0c\"},\"loop\":{\"$ref\":\"#/$defs/loop\"},"
-    "\"wide\":{\"$ref\":\"#/$defs/wide\"},\"lost\":{\"$ref\":\"#/$defs/none\"},"
-    "\"all\":{\"allOf\":[{\"type\":[\"string\",\"integer\"]},{\"type\":\"string\"}]},"
-    "\"ns\":{\"type\":\"string\",\"nullable\":true},\"x\":{},\"p\":{\"properties\":{}},"
-    "\"l\":{\"items\":{}},\"odd\":{\"type\":\"date\"}}}}},"
-    "{\"type\":\"function\",\"function\":{\"name\":\"g\"}},"
-    "{\"type\":\"function\",\"function\":{\"name\":\"h\",\"parameters\":{\"type\":\"object\","
-    "\"additionalProperties\":{\"type\":\"string\"}}}}]";
-
 enum { THINKING = 1, NO_CALLS = 2, LENGTH = 4, NO_SCHEMA = 8 };
 
 struct row {
     int flags;
-    const char *in, *want;
+    char *in, *want;
 };
-
-/* A value of one key, of many types. */
-#define TYPED(key, value, json)                                                                    \
-    {                                                                                              \
-        0, F(ARG(key, value)), "f{f|{\"" key "\": " json "}}"                                      \
-    }
-#define NAME_256                                                                                   \
-    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"             \
-    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"             \
-    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"             \
-    "0123456789abcdef"
-
-static const struct row rows[] = {
-    /* no call at all */
-    {0, "", ""},
-    {0, "hello", "c{hello}"},
-    {0, "if a < b", "c{if a < b}"},
-    {0, "ends in <", "c{ends in <}"},
-    {0, "ends in <tool", "c{ends in <tool}"},
-    {0, LIT(F("")), "c{" F("") "}"},
-    {0, "naïve 北京 👩‍👩‍👧", "c{naïve 北京 👩‍👩‍👧}"},
-    {0, "\n\nkept", "c{\n\nkept}"},
-    {0, "a" K "b" KE V "c" VE, "c{a" K "b" KE V "c" VE "}"},
-    {0, T "x" TE "y", "c{" T "x" TE "y}"},
-    {0, "a" TCE "b", "c{ab}"},
-    {0, TCE, ""},
-    {NO_CALLS, "a" F(ARG("s", "v")) "b", "c{a" F(ARG("s", "v")) "b}"},
-    {NO_CALLS, "a" TCE "b", "c{a" TCE "b}"},
-    /* reasoning */
-    {THINKING, "", ""},
-    {THINKING, "only", "r{only}"},
-    {THINKING, "a" TE "b", "r{a}c{b}"},
-    {THINKING, TE "b", "c{b}"},
-    {THINKING, TE, ""},
-    {THINKING, "a" TE "\n\nb\n", "r{a}c{b\n}"},
-    {THINKING, "a\n" TE " b", "r{a\n}c{ b}"},
-    {THINKING, T "a" TE "b", "r{a}c{b}"},
-    {THINKING, T T "a" TE "b", "r{a}c{b}"},
-    {THINKING, "a" T "b" TE "c", "r{a" T "b}c{c}"},
-    {THINKING, "a" TE "b" TE "c", "r{a}c{b" TE "c}"},
-    {THINKING, "a" LIT(TE) "b" TE "c", "r{a" TE "b}c{c}"},
-    {THINKING, "a" K "b" TCE TE "c", "r{a" K "b" TCE "}c{c}"},
-    {THINKING | NO_CALLS, "a" TC "b" TE "c", "r{a" TC "b}c{c}"},
-    {THINKING | NO_CALLS, "a" TE "\n" TC "c", "r{a}c{" TC "c}"},
-    {THINKING, "a" TE F(""), "r{a}f{f|{}}"},
-    {THINKING, "a" TE "\n" F(""), "r{a}f{f|{}}"},
-    {THINKING, "a" TE "\nb" F(""), "r{a}c{b}f{f|{}}"},
-    /* a call ends reasoning */
-    {THINKING, "a" F(""), "r{a}f{f|{}}"},
-    {THINKING, F(ARG("s", "v")), "f{f|{\"s\": \"v\"}}"},
-    {THINKING, "a" F("") TE "b", "r{a}f{f|{}}c{b}"},
-    {THINKING, "a" F("") TE "\n\nb", "r{a}f{f|{}}c{b}"},
-    {THINKING, "a" F("") TE "b" TE, "r{a}f{f|{}}c{b" TE "}"},
-    {THINKING, "use " TC " here" TE "b", "r{use " TC " here}c{b}"},
-    {THINKING, "the " TC " tag opens, " TCE " closes" TE "b",
-     "r{the " TC " tag opens, " TCE " closes}c{b}"},
-    {THINKING, "a" TC, "r{a" TC "}"},
-    {THINKING | LENGTH, "a" TC "f", "r{a" TC "f}"},
-    {THINKING, "a" TC TC "f" TCE, "r{a" TC "}f{f|{}}"},
-    /* names */
-    {0, F(""), "f{f|{}}"},
-    {0, CALL("g", ""), "f{g|{}}"},
-    {0, CALL("unknown_function", ARG("q", "v")), "f{unknown_function|{\"q\": \"v\"}}"},
-    {0, CALL("\nf\n", ARG("s", "v")), "f{f|{\"s\": \"v\"}}"},
-    {0, CALL(" f ", ""), "f{f|{}}"},
-    {0, CALL("f\n", "\n" ARG("s", "v") "\n"), "f{f|{\"s\": \"v\"}}"},
-    {0, CALL("a.b-c_d", ""), "f{a.b-c_d|{}}"},
-    {0, CALL("", ""), "c{" TC TCE "}"},
-    {0, CALL(" \n", ""), "c{" TC " \n" TCE "}"},
-    {0, CALL("", ARG("s", "v")), "c{" TC ARG("s", "v") TCE "}"},
-    {0, CALL("two words", ARG("s", "v")) "x", "c{" CALL("two words", ARG("s", "v")) "x}"},
-    {0, CALL("f\nx", ""), "c{" CALL("f\nx", "") "}"},
-    {0, TC "f" V "x" VE TCE F(""), "c{" TC "f" V "x" VE TCE "}f{f|{}}"},
-    {0, TC "f" TC "g" TCE, "c{" TC "f}f{g|{}}"},
-    {0, TC TC F(""), "c{" TC TC "}f{f|{}}"},
-    {0, TC "f" T TCE TCE, "c{" TC "f" T TCE "}"},
-    {0, CALL(NAME_256, ""), "f{" NAME_256 "|{}}"},
-    {0, CALL(NAME_256 "x", "") F(""), "c{" CALL(NAME_256 "x", "") "}f{f|{}}"},
-    {0, TC LIT(TC "f" TCE), "c{" TC TC "f" TCE "}"},
-    {0, CALL(LIT("</arg>"), ""), "f{</arg>|{}}"},
-    /* text around, several calls */
-    {0, "a" F("") "b", "c{a}f{f|{}}c{b}"},
-    {0, "a\n" F("") "\n", "c{a\n}f{f|{}}c{\n}"},
-    {0, F("") F(""), "f{f|{}}f{f|{}}"},
-    {0, F(ARG("i", "1")) F(ARG("i", "2")), "f{f|{\"i\": 1}}f{f|{\"i\": 2}}"},
-    {0, F("") "\n" CALL("g", "") "\n" F(""), "f{f|{}}c{\n}f{g|{}}c{\n}f{f|{}}"},
-    {0, "a" F("") "b" CALL("g", ARG("k", "1")) "c", "c{a}f{f|{}}c{b}f{g|{\"k\": 1}}c{c}"},
-    {0, F("") TCE, "f{f|{}}"},
-    {0, F("") TCE F(""), "f{f|{}}f{f|{}}"},
-    {0, F("") "<", "f{f|{}}c{<}"},
-    /* strings are verbatim */
-    TYPED("s", "v", "\"v\""),
-    TYPED("s", "", "\"\""),
-    TYPED("s", " a ", "\" a \""),
-    TYPED("s", "\na\n", "\"\\na\\n\""),
-    TYPED("s", "123", "\"123\""),
-    TYPED("s", "true", "\"true\""),
-    TYPED("s", "null", "\"null\""),
-    TYPED("s", "{\"a\": 1}", "\"{\\\"a\\\": 1}\""),
-    TYPED("s", "\"abc\"", "\"\\\"abc\\\"\""),
-    TYPED("s", "a\\n\tb", "\"a\\\\n\\tb\""),
-    TYPED("s", "a\x7f\x1f", "\"a\x7f\\u001f\""),
-    TYPED("s", "x <", "\"x <\""),
-    TYPED("s", "x <b></b> &amp;", "\"x <b></b> &amp;\""),
-    TYPED("s", "Smith", "\"Smith\""),
-    TYPED("s", "北京 👩‍👩‍👧", "\"北京 👩‍👩‍👧\""),
-    TYPED("s", LIT(VE TCE), "\"" VE TCE "\""),
-    /* tags inside values */
-    TYPED("s", "a" VE "b", "\"a" VE "b\""),
-    TYPED("s", "a" VE " b", "\"a" VE " b\""),
-    TYPED("s", "a" VE VE, "\"a" VE VE "\""),
-    TYPED("s", "a" VE "\n" VE, "\"a" VE "\\n" VE "\""),
-    TYPED("s", VE, "\"" VE "\""),
-    TYPED("s", "a" TCE "b", "\"a" TCE "b\""),
-    TYPED("s", "a" TC "b", "\"a" TC "b\""),
-    TYPED("s", "a" K "b" KE V "c", "\"a" K "b" KE V "c\""),
-    TYPED("s", T "a" TE, "\"" T "a" TE "\""),
-    TYPED("s", "a" VE V "b", "\"a" VE V "b\""),
-    TYPED("s", "a" VE TC "b", "\"a" VE TC "b\""),
-    TYPED("o", "{\"a\": \"" VE "x\"}", "{\"a\": \"" VE "x\"}"),
-    {0, F(ARG("s", LIT(ARG("t", "x")))), "f{f|{\"s\": \"" ARG("t", "x") "\"}}"},
-    /* other types */
-    TYPED("i", "5", "5"),
-    TYPED("i", " 5\n", "5"),
-    TYPED("i", "-5", "-5"),
-    TYPED("i", "\"5\"", "5"),
-    TYPED("i", "05", "\"05\""),
-    TYPED("i", "five", "\"five\""),
-    TYPED("i", "", "\"\""),
-    TYPED("i", "123456789012345678901234567890", "123456789012345678901234567890"),
-    TYPED("n", "1.50", "1.50"),
-    TYPED("n", "1e400", "1e400"),
-    TYPED("n", "2", "2"),
-    TYPED("n", "1.", "\"1.\""),
-    TYPED("n", "-", "\"-\""),
-    TYPED("n", "NaN", "\"NaN\""),
-    TYPED("b", "true", "true"),
-    TYPED("b", "True", "true"),
-    TYPED("b", "False", "false"),
-    TYPED("b", "\"true\"", "true"),
-    TYPED("b", "yes", "\"yes\""),
-    TYPED("z", "null", "null"),
-    TYPED("z", "None", "null"),
-    TYPED("o", "{\"a\": [1, {}]}", "{\"a\": [1, {}]}"),
-    TYPED("o", "{\n}", "{\n}"),
-    TYPED("o", "\"{\\\"a\\\": 1}\"", "{\"a\": 1}"),
-    TYPED("o", "{\"a\": 1}}", "\"{\\\"a\\\": 1}}\""),
-    TYPED("o", "{\"a\": 1", "\"{\\\"a\\\": 1\""),
-    TYPED("o", "{\"a\": 1, \"a\": 2}", "\"{\\\"a\\\": 1, \\\"a\\\": 2}\""),
-    TYPED("a", "[1, 2]", "[1, 2]"),
-    TYPED("a", "[\"]]\"]", "[\"]]\"]"),
-    TYPED("a", "[[1]]", "[[1]]"),
-    TYPED("a", "1], [2", "\"1], [2\""),
-    TYPED("a", "\"a\", \"b\"", "\"\\\"a\\\", \\\"b\\\"\""),
-    /* strings among other types */
-    TYPED("os", "Smith", "\"Smith\""),
-    TYPED("os", "null", "null"),
-    TYPED("os", "nullable", "\"nullable\""),
-    TYPED("os", "n", "\"n\""),
-    TYPED("os", " null ", "null"),
-    TYPED("os", " a ", "\" a \""),
-    TYPED("os", "123", "\"123\""),
-    TYPED("os", "\"a\"", "\"\\\"a\\\"\""),
-    TYPED("os", "", "\"\""),
-    TYPED("os", "None", "\"None\""),
-    TYPED("ls", "null", "null"),
-    TYPED("ls", "no", "\"no\""),
-    TYPED("ns", "null", "null"),
-    TYPED("ns", "x", "\"x\""),
-    TYPED("oi", "3", "3"),
-    TYPED("oi", "null", "null"),
-    TYPED("si", "3", "3"),
-    TYPED("si", "3x", "\"3x\""),
-    TYPED("si", "3.5", "\"3.5\""),
-    TYPED("sb", "true", "true"),
-    TYPED("sb", "truly", "\"truly\""),
-    TYPED("sa", "[1]", "[1]"),
-    TYPED("sa", "[1", "\"[1\""),
-    TYPED("so", "{}", "{}"),
-    TYPED("so", "[]", "\"[]\""),
-    TYPED("e", "1", "\"1\""),
-    TYPED("ei", "1", "1"),
-    TYPED("em", "1", "1"),
-    TYPED("em", "a", "\"a\""),
-    TYPED("ci", "7", "7"),
-    TYPED("cs", "7", "\"7\""),
-    TYPED("r", "7", "\"7\""),
-    TYPED("rp", "7", "7"),
-    TYPED("all", "7", "\"7\""),
-    TYPED("inherited", "7", "\"7\""),
-    TYPED("p", "\"{}\"", "{}"),
-    TYPED("l", "\"[]\"", "[]"),
-    /* no schema, or none that says something */
-    TYPED("x", "7", "7"),
-    TYPED("x", "\"a\"", "\"a\""),
-    TYPED("x", "a b", "\"a b\""),
-    TYPED("x", " a", "\" a\""),
-    TYPED("x", "True", "true"),
-    TYPED("x", "Truer", "\"Truer\""),
-    TYPED("x", "None", "null"),
-    TYPED("x", "{\"k\": null}", "{\"k\": null}"),
-    TYPED("x", "{k}", "\"{k}\""),
-    TYPED("loop", "7", "7"),
-    TYPED("wide", "7", "7"),
-    TYPED("lost", "7", "7"),
-    TYPED("odd", "7", "7"),
-    TYPED("nowhere", "7", "7"),
-    {0, CALL("g", ARG("k", "7")), "f{g|{\"k\": 7}}"},
-    {0, CALL("h", ARG("k", "7")), "f{h|{\"k\": \"7\"}}"},
-    {NO_SCHEMA, F(ARG("s", "7")), "f{f|{\"s\": 7}}"},
-    /* several pairs, whitespace, mistakes */
-    {0, F(ARG("s", "a") ARG("i", "1")), "f{f|{\"s\": \"a\", \"i\": 1}}"},
-    {0, F("\n" ARG("s", "a") "\n" ARG("i", "1") "\n"), "f{f|{\"s\": \"a\", \"i\": 1}}"},
-    {0, F(K "s" KE "\n" V "a" VE), "f{f|{\"s\": \"a\"}}"},
-    {0, F(ARG(" s\n", "1")), "f{f|{\"s\": \"1\"}}"},
-    {0, F(ARG("a \"b\"", "1")), "f{f|{\"a \\\"b\\\"\": 1}}"},
-    {0, F(ARG("", "1")), "f{f|{\"\": 1}}"},
-    {0, F(ARG("s", "a") ARG("s", "b")), "f{f|{\"s\": \"a\"}}"},
-    {0, F(ARG("i", "1") ARG("s", "a") ARG("i", "2")), "f{f|{\"i\": 1, \"s\": \"a\"}}"},
-    {0, F(ARG("i", "1")) F(ARG("i", "1")), "f{f|{\"i\": 1}}f{f|{\"i\": 1}}"},
-    {0, F(K "s" KE), "f{f|{\"s\": null}}"},
-    {0, F(K "s"), "f{f|{\"s\": null}}"},
-    {0, F(K), "f{f|{}}"},
-    {0, F(K "s" KE ARG("i", "1")), "f{f|{\"s\": null, \"i\": 1}}"},
-    {0, F(K "s" V "a" VE), "f{f|{\"s\": \"a\"}}"},
-    {0, F(K "s" KE " a" VE), "f{f|{\"s\": \"a\"}}"},
-    {0, F(K "s" KE VE), "f{f|{\"s\": \"\"}}"},
-    {0, F(K "s" KE TE "a" VE), "f{f|{\"s\": \"" TE "a\"}}"},
-    {0, F(ARG("s" T, "1")), "f{f|{\"s" T "\": 1}}"},
-    /* the end comes too early */
-    {LENGTH, TC, "c{" TC "}"},
-    {LENGTH, "a" TC "f", "c{a" TC "f}"},
-    {0, TC "f\n", "c{" TC "f\n}"},
-    {LENGTH, TC "f" K, "f{f|{}!"},
-    {LENGTH, TC "f" K "s", "f{f|{\"s}!"},
-    {LENGTH, TC "f" K "s" KE, "f{f|{\"s\": }!"},
-    {LENGTH, TC "f" K "s" KE V, "f{f|{\"s\": \"}!"},
-    {LENGTH, TC "f" K "s" KE V "rm -rf", "f{f|{\"s\": \"rm -rf}!"},
-    {0, TC "f" K "s" KE V "a", "f{f|{\"s\": \"a}!"},
-    {LENGTH, TC "f" K "i" KE V "4", "f{f|{\"i\": 4}!"},
-    {LENGTH, TC "f" K "i" KE V "4}", "f{f|{\"i\": \"4}}!"},
-    {LENGTH, TC "f" K "o" KE V "{\"a\": [", "f{f|{\"o\": {\"a\": [}!"},
-    {LENGTH, TC "f" ARG("s", "a"), "f{f|{\"s\": \"a\"}!"},
-    {0, TC "f" ARG("s", "a"), "f{f|{\"s\": \"a\"}}"},
-    {0, TC "f" ARG("i", "1") "\n", "f{f|{\"i\": 1}}"},
-    {LENGTH, TC "f" ARG("i", "1") K "t" KE V "x", "f{f|{\"i\": 1, \"t\": \"x}!"},
-    {LENGTH, TC "f" ARG("i", "1") K "i" KE V "x", "f{f|{\"i\": 1}!"},
-    {0, F("") TC "g", "f{f|{}}c{" TC "g}"},
-    {LENGTH, F(ARG("i", "1")) TC "f" K "s" KE V "x", "f{f|{\"i\": 1}}f{f|{\"s\": \"x}!"},
-    {0, TC "f" K "s" KE V "a" TCE, "f{f|{\"s\": \"a" TCE "}!"},
-};
+static struct row *rows;
+static size_t n_rows;
 
 static uint32_t random_below(uint32_t n)
 {
@@ -435,6 +167,16 @@ static struct record run(const int32_t *ids, size_t n, int flags, enum cut cut)
     return r;
 }
 
+/* Of an output the part that a worker sends: nothing behind a token that ends it. */
+static void cut_at_end(struct ids *ids)
+{
+    static const char *const ends[] = {"<|endoftext|>", "<|user|>", "<|observation|>"};
+    for (size_t i = 0; i < ids->len; i++)
+        for (size_t k = 0; k < ARRAY_LEN(ends); k++)
+            if (ids->data[i] == tokenizer_added_id(tokenizer, ends[k]))
+                ids->len = i;
+}
+
 /* \1 switches added tokens off and on. */
 static void encode(const char *in, struct ids *ids)
 {
@@ -463,10 +205,11 @@ static void check_all_cuts(const int32_t *ids, size_t n, int flags, const char *
 
 static void table_of_outputs(void)
 {
-    CHECK(ARRAY_LEN(rows) >= 120);
-    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+    CHECK(n_rows >= 120);
+    for (size_t i = 0; i < n_rows; i++) {
         struct ids ids = {0};
         encode(rows[i].in, &ids);
+        cut_at_end(&ids);
         check_all_cuts(ids.data, ids.len, rows[i].flags, rows[i].want, 12);
         ids_finish(&ids);
     }
@@ -475,7 +218,7 @@ static void table_of_outputs(void)
 /* Complete arguments are JSON (of numbers, jansson takes only those that fit). */
 static void arguments_are_json(void)
 {
-    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+    for (size_t i = 0; i < n_rows; i++) {
         const char *from = strchr(rows[i].want, '|'), *end = strrchr(rows[i].want, '}');
         if (strncmp(rows[i].want, "f{", 2) || !from || strchr(from, '!') || strstr(from, "}f{") ||
             strstr(from, "}c{") || strstr(from, "1e400") || strstr(from, "123456789012"))
@@ -571,10 +314,10 @@ static void mutated_outputs(void)
     static const char *const tags[] = {T, TE, TC, TCE, K, KE, V, VE};
     uint32_t n_ids = (uint32_t)tokenizer_n_ids(tokenizer);
     for (int round = 0; round < 4000; round++) {
-        const struct row *row = &rows[random_below(ARRAY_LEN(rows))];
+        const struct row *row = &rows[random_below((uint32_t)n_rows)];
         struct ids ids = {0};
         encode(row->in, &ids);
-        encode(rows[random_below(ARRAY_LEN(rows))].in, &ids);
+        encode(rows[random_below((uint32_t)n_rows)].in, &ids);
         for (uint32_t k = random_below(4); ids.len && k > 0; k--) {
             size_t at = random_below((uint32_t)ids.len);
             int32_t tag = tokenizer_added_id(tokenizer, tags[random_below(ARRAY_LEN(tags))]);
@@ -614,6 +357,95 @@ static void random_outputs(void)
     }
 }
 
+/* ---- the table ---- */
+
+static void out_of(const json_t *v, struct json_out *o)
+{
+    json_out_raw(o, json_string_value(v), json_string_length(v));
+}
+
+/* in and want of a value of f's key. */
+static void value_row(const json_t *value, struct json_out *in, struct json_out *want)
+{
+    REQUIRE(json_array_size(value) == 3);
+    raw(in, TC "f" K);
+    out_of(json_array_get(value, 0), in);
+    raw(in, KE V);
+    out_of(json_array_get(value, 1), in);
+    raw(in, VE TCE);
+    raw(want, "f{f|{\"");
+    out_of(json_array_get(value, 0), want);
+    raw(want, "\": ");
+    out_of(json_array_get(value, 2), want);
+    raw(want, "}}");
+}
+
+static void events_row(const json_t *out, struct json_out *want)
+{
+    size_t i;
+    json_t *e;
+    json_array_foreach (out, i, e) {
+        const char *kind = json_string_value(json_array_get(e, 0));
+        REQUIRE(kind && strchr("rc", kind[0]));
+        bool is_call = !strcmp(kind, "call");
+        json_out_raw(want, is_call ? "f{" : kind[0] == 'r' ? "r{" : "c{", 2);
+        out_of(json_array_get(e, 1), want);
+        if (is_call) {
+            raw(want, "|");
+            out_of(json_array_get(e, 2), want);
+        }
+        raw(want, "}");
+    }
+}
+
+static struct row row_of(const json_t *c)
+{
+    struct json_out in = {0}, want = {0};
+    const json_t *value = json_object_get(c, "value");
+    int flags = 0;
+    if (value) {
+        value_row(value, &in, &want);
+    } else {
+        out_of(json_object_get(c, "in"), &in);
+        events_row(json_object_get(c, "out"), &want);
+    }
+    flags |= json_is_true(json_object_get(c, "thinking")) ? THINKING : 0;
+    flags |= json_is_false(json_object_get(c, "calls")) ? NO_CALLS : 0;
+    flags |= json_is_false(json_object_get(c, "schema")) ? NO_SCHEMA : 0;
+    flags |= json_is_true(json_object_get(c, "length")) ? LENGTH : 0;
+    raw(&want, json_is_true(json_object_get(c, "broken")) ? "!" : "");
+    json_out_raw(&in, "", 1);
+    json_out_raw(&want, "", 1);
+    return (struct row){flags, in.data, want.data};
+}
+
+static void table_open(const char *path)
+{
+    json_t *table = NULL, *cases, *c;
+    const char *section;
+    size_t i, n = 0;
+    CHECK_OK(json_parse_file(path, &json_limits_file, &table));
+    REQUIRE(table != NULL);
+    tools = json_incref(json_object_get(table, "tools"));
+    json_object_foreach (json_object_get(table, "cases"), section, cases)
+        n += json_array_size(cases);
+    rows = calloc(n, sizeof(*rows));
+    json_object_foreach (json_object_get(table, "cases"), section, cases)
+        json_array_foreach (cases, i, c)
+            rows[n_rows++] = row_of(c);
+    json_decref(table);
+}
+
+static void table_close(void)
+{
+    for (size_t i = 0; i < n_rows; i++) {
+        free(rows[i].in);
+        free(rows[i].want);
+    }
+    free(rows);
+    json_decref(tools);
+}
+
 int main(void)
 {
     const char *dir = getenv("BATON_DEMO_DIR");
@@ -621,8 +453,8 @@ int main(void)
     snprintf(path, sizeof(path), "%s/tokenizer.json", dir ? dir : "deploy/demo-model");
     CHECK_OK(tokenizer_load(path, &tokenizer));
     REQUIRE(tokenizer != NULL);
-    CHECK_OK(json_parse(tools_text, sizeof(tools_text) - 1, &json_limits_request, &tools));
-    REQUIRE(tools != NULL);
+    const char *table = getenv("BATON_GLM_OUTPUTS");
+    table_open(table ? table : "tests/router/text/glm_outputs.json");
     RUN(table_of_outputs);
     RUN(arguments_are_json);
     RUN(strings_stream);
@@ -630,7 +462,7 @@ int main(void)
     RUN(reasoning_is_counted);
     RUN(mutated_outputs);
     RUN(random_outputs);
-    json_decref(tools);
+    table_close();
     tokenizer_destroy(tokenizer);
     return check_done();
 }
