@@ -161,7 +161,7 @@ static enum err mock_import_hidden(struct engine *engine, int slot, const float 
 
 /* ---- passes ---------------------------------------------------------------------------------- */
 
-static int32_t draw(const struct model_config *m, const struct sample_row *row);
+static int32_t draw(const struct engine_mock *e, const struct sample_row *row);
 
 /* Only a decode worker takes hidden states in. */
 static bool decodes(const struct engine_mock *e) { return e->base.config.max_imports > 0; }
@@ -209,7 +209,7 @@ static enum err mock_draft(struct engine *engine, const struct batch *b,
         struct sample_row row = {.seed = ~0ull,
                                  .position = b->position[b->logit_row[i]],
                                  .allowed = batch_allowed(b, i)};
-        ret_ids[i] = draw(engine->m, &row);
+        ret_ids[i] = draw(e, &row);
     }
     return ERR_OK;
 }
