@@ -153,6 +153,24 @@ def test_chat(cluster, chromium, shot):
 
 
 @needs_browser
+def test_unequal_roles(chromium, shot):
+    """Few workers of one role beside many of the other are no taller, and the page shows what they do."""
+    b = chromium
+    with Cluster("--device", "mock", prefill=1, decode=3) as c:
+        b.size(1280, 900)
+        b.open(c.url)
+        b.wait("document.querySelectorAll('.worker').length == 4")
+        answers = gather(c, "/v1/completions", [{"prompt": [i + 1] * 20, "max_tokens": 100, "ignore_eos": True, "stream": True}
+                                                for i in range(60)])
+        assert not any(a.error for a in answers)
+        b.wait("document.querySelector('#sums').innerText.match(/Finished\\s+60/)", "they are counted")
+        heights = b.js("[...document.querySelectorAll('.worker')].map(w => w.offsetHeight)")
+        assert max(heights) < 1.5 * min(heights), heights
+        shot("load")
+        b.leave()
+
+
+@needs_browser
 def test_keys(chromium, shot, tmp_path):
     """The page is open, what it shows is not: it asks once and keeps the key for its tab."""
     keys = tmp_path / "keys"
