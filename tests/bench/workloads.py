@@ -64,7 +64,7 @@ def main():
             file = args.out / f"{name}.json"
             before = cpu_s(c.pid("router"))
             r = subprocess.run([str(a) for a in (BATON, "bench", "--url", c.url, "--workload", name, "--data", args.data,
-                                                 "--label", name, "--json", file, *kind["bench"], *kind["of"][name],
+                                                 "--label", f"{name}, {args.kind}", "--json", file, *kind["bench"], *kind["of"][name],
                                                  *more)], stdout=sys.stderr)
             failed += r.returncode
             if r.returncode < 2:
