@@ -93,12 +93,13 @@ class Run:
         self.a, self.prefix, self.out = a, prefix, pathlib.Path(a.out)
         self.begun = time.monotonic()
         n, mib = (a.pretend, 0) if a.pretend else find_gpus()
-        self.gpus = min(n, a.gpus or n)
+        self.gpus = min(n or a.gpus, a.gpus or n)
         self.topology, self.n_each = topology_for(self.gpus, mib)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "log").write_text("")
         self.log_file = open(self.out / "log", "a", buffering=1)
         self.stopped = self.may_stop = False
+        self.nccl_figures = None
         self.steps, self.runs, self.tokens_per_s = [], [], self.gpus * TOKENS_PER_S_GPU
         self.model, self.data = flash_dir(), sharegpt(prefix)
         self.mean_output = MEAN_OUTPUT
@@ -196,16 +197,15 @@ class Run:
 
     def preflight(self, limit_s):
         output = self.program([self.prefix / "deploy" / "baton", "preflight", "--topology", self.topology,
-                               "--port", "0", *self.flags()], limit_s, "preflight.txt")
+                               "--port", "0", *self.flags(), *self.a.flags], limit_s, "preflight.txt")
         return output.strip().splitlines()[-1]
 
     def nccl(self, limit_s):
-        output = self.program([self.prefix / "nccl_bench", "quick"], limit_s, "nccl.txt").strip().splitlines()
-        try:
-            self.nccl_figures = json.loads(output[-1])
-        except ValueError:
-            raise RuntimeError(f"no figures: {output[-1]}") from None
-        return "nccl.txt"
+        output = self.program([self.prefix / "nccl_bench", "quick"], limit_s, "nccl.txt")
+        self.nccl_figures = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+        few, many = self.nccl_figures["transfers"][0], self.nccl_figures["transfers"][-1]
+        return (f"{self.nccl_figures['mode']}, {few['pages']} page in {few['median_us']} us, {many['pages']} pages "
+                f"{many['gb_s']:.0f} GB/s one way, {many['both_gb_s']:.0f} both ways together")
 
     def serve(self, verb, limit_s):
         """A verb of serve.py, from the first GPU to the second."""
@@ -275,6 +275,7 @@ class Run:
                 except subprocess.TimeoutExpired:
                     made[0].process.kill()
                 (self.out / f"cluster-mtp-{mtp}.log").write_text(made[0].log())
+                made[0].close()
 
     def all(self):
         if not self.gpus:
@@ -316,7 +317,7 @@ class Run:
                 "gpus": self.gpus, "pretended": bool(self.a.pretend), "topology": self.topology.stem,
                 "data": "sharegpt" if self.data else "synthetic", "failed": self.failed,
                 "seconds": round(time.monotonic() - self.begun, 1), "steps": self.steps,
-                "nccl": getattr(self, "nccl_figures", None), "runs": self.runs}, indent=1) + "\n"}
+                "nccl": self.nccl_figures, "runs": self.runs}, indent=1) + "\n"}
         for name, text in texts.items():
             (self.out / f".{name}").write_text(text)
             os.replace(self.out / f".{name}", self.out / name)

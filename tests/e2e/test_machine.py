@@ -25,8 +25,20 @@ def prefix(tmp_path_factory):
 
 
 def start(prefix, out, *flags):
-    return subprocess.Popen([sys.executable, DEVICE / "machine.py", prefix, out, *map(str, flags)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, DEVICE / "machine.py", prefix, out, *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def script(path, text):
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def made_up_gpus(directory, n, mib, monkeypatch):
+    script(directory / "nvidia-smi", f"echo {mib}\n" * n)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def summary(out):
@@ -53,16 +65,23 @@ def test_two_gpus(prefix, tmp_path):
     assert drafts[0] == 0 and drafts[1] > 0
 
 
-def test_a_step_that_fails(prefix, tmp_path):
-    """The cluster cannot start: the exit code says so, and the steps after it are tried."""
+def test_a_step_that_fails(prefix, tmp_path, monkeypatch):
+    """The cluster cannot start: the exit code says so, and the other steps are tried. NCCL's figures are kept.
+    Flags that the script does not know are baton serve's."""
+    made_up_gpus(tmp_path, 2, 143771, monkeypatch)
     broken = tmp_path / "prefix"
     shutil.copytree(prefix, broken)
     (broken / "decode_worker" / "baton-decode").unlink()
-    p = start(broken, tmp_path / "out", "--pretend", 1, "--budget", 30, "--workloads", "steady")
+    row = {"ctas": 4, "pages": 1, "median_us": 30, "worst_us": 40, "gb_s": 100, "both_gb_s": 190}
+    figures = {"gpus": 2, "mode": "two ranks", "transfers": [row, {**row, "pages": 64}], "killed": []}
+    script(broken / "nccl_bench", f"echo CTAs; echo '{json.dumps(figures)}'; echo 0 failed")
+    p = start(broken, tmp_path / "out", "--budget", 30, "--workloads", "steady", "--device", "mock")
     said = p.communicate(timeout=40 * SLOWER)[0]
     assert p.returncode == 1, said
-    outcomes = {x["name"]: x["outcome"] for x in summary(tmp_path / "out")["steps"]}
-    assert outcomes == {"preflight": "failed", "start, MTP off": "failed", "start, MTP on": "failed"}, said
+    s = summary(tmp_path / "out")
+    assert {x["name"]: x["outcome"] for x in s["steps"]} == {
+        "preflight": "failed", "NCCL": "ok", "start, MTP off": "failed", "start, MTP on": "failed"}, said
+    assert s["nccl"] == figures and "64 pages 100 GB/s one way" in said and s["topology"] == "gpu-1p1d"
 
 
 def test_stopped_in_the_middle(prefix, tmp_path):
@@ -89,11 +108,7 @@ def command_line(pid):
 @pytest.mark.parametrize("gpus, mib, name", [(1, 81559, "one-gpu"), (1, 143771, "one-h200"), (2, 81559, "gpu-1p1d"),
                                              (3, 143771, "gpu-1p1d"), (4, 81559, "gpu-2p2d"), (8, 81559, "gpu-2p2d")])
 def test_topologies(gpus, mib, name, tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\n" + f"echo {mib}\n" * gpus)
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made_up_gpus(tmp_path, gpus, mib, monkeypatch)
     assert machine.find_gpus() == (gpus, mib)
     file, n_each = machine.topology_for(gpus, mib)
     topology = json.loads(file.read_text())
