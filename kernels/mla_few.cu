@@ -267,13 +267,13 @@ __global__ void __launch_bounds__(THREADS, 2)
         }
         mbar_wait(smem_addr(&sm->full), it & 1);
         int left = n - page * PAGE;
+        scores(sm);
+        __syncthreads();
         for (int i = threadIdx.x; i < (PAGE - left) * (LATENT / 8); i += THREADS) {
             int slot = left + i / (LATENT / 8), c = i % (LATENT / 8); // a swizzled row of zeros
             *(uint4 *)(sm->kv + c / 8 * BLOCK_BYTES + slot * 128 + c % 8 * 16) =
                 make_uint4(0, 0, 0, 0);
         }
-        scores(sm);
-        __syncthreads();
         softmax(sm, p, left, top, sum);
         __syncthreads();
         values(sm, acc);

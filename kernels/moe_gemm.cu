@@ -18,7 +18,7 @@
  * weights before gate_up's results are there.
  *
  * Three shapes. Narrow: tiles of 64 tokens, one consumer warpgroup, nine stages with 144 KB of weights
- * in flight: bound by memory; each weight is read from it once. From 128 tokens on two warpgroups
+ * in flight: bound by memory; each weight is read from it once. From 32 tokens on two warpgroups
  * share them (five stages, 160 KB): at 512 tokens x was a third of what came from L2. Wide: tiles of up to 192 tokens by
  * 256 weight rows, two consumer warpgroups, three stages: bound by the tensor cores. Tiles of
  * 128 x 256 read 48 KB from L2 for each 1024 cycles of product and keep shared memory busy for 1150,
@@ -32,8 +32,9 @@
  *   gathered in memory from 64 on 138/71   277/142    292/153     320/161    1675/664
  *   sums start as zeros, no branch        136/70    282/141    293/152     324/163     945/432
  * On an H200 (4.3 TB/s):
- *   one warpgroup up to 640 tokens  107/56   209/106    219/114    236/121
- *   two from 128 on                                     214/115    224/118     783/387
+ *   tokens                        8          32         64         256         512        8192
+ *   one warpgroup up to 640       107/56     215/100    209/106    219/114     236/121    783/387
+ *   two, gathered, from 32 on                187/99     200/103    215/113     221/118
  * 277 us are 2.95 TB/s of weights; 8192 tokens run at 546 and 597 TFLOP/s. (A run-time "first step?"
  * flag in each product kept the compiler from leaving products in flight: half the speed when wide.)
  */
@@ -65,10 +66,10 @@ constexpr int x_box = SOURCE == X_GATHER ? 1 : SOURCE == X_BOX ? 32 : 8;
 
 /* From here on tokens are gathered into slot order first: one row a copy costs more than that.
  * Above, in wide tiles, the producer's threads fetch them. */
-#define GATHER_FROM 64
+#define GATHER_FROM 32
 
 /* From here on x is worth halving: two warpgroups multiply twice the weight rows by it. */
-#define TWO_GROUPS_FROM 128
+#define TWO_GROUPS_FROM 32
 
 /* Up to here routing leaves memory idle for long enough to bring in the shared expert. */
 #ifndef AHEAD_UP_TO
