@@ -94,24 +94,9 @@ __device__ __forceinline__ uint4 shared_16(uint32_t at)
     return v;
 }
 
-__device__ __forceinline__ void product_16x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ float2 unpack(uint32_t v)
 {
     return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
-}
-
-__device__ __forceinline__ uint32_t pack(float lo, float hi)
-{
-    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-    return *(uint32_t *)&v;
 }
 
 __device__ __forceinline__ float warp_sum(float v)
@@ -132,7 +117,7 @@ __device__ __forceinline__ float squares(uint4 v)
 __device__ __forceinline__ uint32_t normed(uint32_t v, float scale, uint32_t w)
 {
     float2 x = unpack(v), g = unpack(w);
-    return pack(x.x * scale * g.x, x.y * scale * g.y);
+    return bf16_pair(x.x * scale * g.x, x.y * scale * g.y);
 }
 
 /* (x0, x1) turned by position * theta^(-2i/64), pair i of a key or query. */
@@ -141,7 +126,7 @@ __device__ __forceinline__ uint32_t rope_pair(uint32_t v, int position, int i, f
     float2 x = unpack(v);
     float angle = (float)position * exp2f(-(float)i / 32.f * log2_theta), s, c;
     sincosf(angle, &s, &c);
-    return pack(x.x * c - x.y * s, x.y * c + x.x * s);
+    return bf16_pair(x.x * c - x.y * s, x.y * c + x.x * s);
 }
 
 /* ---- producer ---- */

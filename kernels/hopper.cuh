@@ -20,11 +20,11 @@ namespace hopper {
 
 /* ---- host: tensor maps ---- */
 
-/* 2D bf16 tensor [rows, cols] with row_stride elements between rows, copied in boxes of box_rows x
- * box_cols (at most 256 each). False: the driver has no encoder or refused the shape. */
-static inline bool tensor_map_boxes(CUtensorMap *ret, const void *base, uint64_t rows,
-                                    uint64_t cols, uint64_t row_stride, uint32_t box_rows,
-                                    uint32_t box_cols, CUtensorMapSwizzle swizzle)
+/* A bf16 tensor of n_dims dimensions, the innermost first; strides in bytes, from dimension 1. False: the
+ * driver has no encoder or refused the shape. */
+static inline bool tensor_map(CUtensorMap *ret, const void *base, int n_dims, const cuuint64_t *dims,
+                              const cuuint64_t *strides, const cuuint32_t *box,
+                              CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B)
 {
     typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                                   const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -39,13 +39,22 @@ static inline bool tensor_map_boxes(CUtensorMap *ret, const void *base, uint64_t
             return nullptr;
         return (encode_fn)fn;
     }();
-    if (!encode)
-        return false;
-    cuuint64_t dims[2] = {cols, rows}, strides[1] = {row_stride * 2};
-    cuuint32_t box[2] = {box_cols, box_rows}, steps[2] = {1, 1};
-    return encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)base, dims, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+    return encode && encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)n_dims, (void *)base,
+                            dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* 2D bf16 tensor [rows, cols] with row_stride elements between rows, copied in boxes of box_rows x
+ * box_cols (at most 256 each). */
+static inline bool tensor_map_boxes(CUtensorMap *ret, const void *base, uint64_t rows,
+                                    uint64_t cols, uint64_t row_stride, uint32_t box_rows,
+                                    uint32_t box_cols, CUtensorMapSwizzle swizzle)
+{
+    const cuuint64_t dims[2] = {cols, rows}, strides[1] = {row_stride * 2};
+    const cuuint32_t box[2] = {box_cols, box_rows};
+    return tensor_map(ret, base, 2, dims, strides, box, swizzle);
 }
 
 /* The same in boxes of 64 columns under the 128-byte swizzle. */
@@ -183,6 +192,24 @@ __device__ __forceinline__ void tma_load_2d(uint32_t dst, const CUtensorMap *map
                  : "memory");
 }
 
+__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
+                                            int c1, int c2, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
+                                            int c1, int c2, int c3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
 /* The box's bytes into L2 only. */
 __device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap *map, int col, int row)
 {
@@ -220,6 +247,44 @@ __device__ __forceinline__ void stmatrix_x2_trans(uint32_t dst, uint32_t m0, uin
                  : "memory");
 }
 
+/* ---- pairs, quads ---- */
+
+__device__ __forceinline__ uint32_t bf16_pair(float lo, float hi)
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *(uint32_t *)&v;
+}
+
+/* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4])
+{
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t x = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+        w[i] = odd ? x : w[i];
+        w[i + 1] = odd ? w[i + 1] : x;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t x = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+        w[i] = high ? x : w[i];
+        w[i + 2] = high ? w[i + 2] : x;
+    }
+}
+
+/* ---- warp products ---- */
+
+/* d[16, 8] += a[16, 16] b[16, 8], bf16 in, fp32 out, in mma.m16n8k16's fragments. */
+__device__ __forceinline__ void product_16x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 /* ---- warpgroup products ---- */
 
 /* Descriptor of a K-major tile (see the top of the file). The next 16 columns: + 2. */
@@ -227,6 +292,14 @@ __device__ __forceinline__ uint64_t wgmma_desc(uint32_t tile)
 {
     return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 |
            (uint64_t)1 << 62;
+}
+
+/* Descriptor of a tile of 64 rows read as [K, N] with N contiguous: blocks of 64 columns, 8 KB each. The
+ * next 16 rows: + 2048 / 16. */
+__device__ __forceinline__ uint64_t wgmma_desc_turned(uint32_t tile)
+{
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)(64 * 128 >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 __device__ __forceinline__ void wgmma_begin()
@@ -296,6 +369,34 @@ WGMMA(192, R16_03 ", " R16_4 ", " R16_5, 96, 97, 98, D16(0), D16(16), D16(32), D
       D16(80))
 
 #undef WGMMA
+
+#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
+#define SUMS_256                                                                                     \
+    R16_03 ", " R16_4 ", " R16_5 ", "                                                                \
+    R4(96, 97, 98, 99) ", " R4(100, 101, 102, 103) ", " R4(104, 105, 106, 107) ", "                  \
+    R4(108, 109, 110, 111) ", " R4(112, 113, 114, 115) ", " R4(116, 117, 118, 119) ", "              \
+    R4(120, 121, 122, 123) ", " R4(124, 125, 126, 127)
+
+/* d[64, 256] += a[64, 16] b[16, 256], b with its columns contiguous: wgmma_desc_turned. */
+__device__ __forceinline__ void wgmma_turned(float (&d)[128], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SUMS_256
+                 "}, %128, %129, 1, 1, 1, 0, 1;\n"
+                 : D64(0), D64(64)
+                 : "l"(a), "l"(b));
+}
+
+/* The same with a in registers: the fragments of a product's sums, packed. */
+__device__ __forceinline__ void wgmma_turned(float (&d)[128], const uint32_t *a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SUMS_256
+                 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
+                 : D64(0), D64(64)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef SUMS_256
+#undef D64
 #undef R4
 #undef R16_0
 #undef R16_1

@@ -62,54 +62,6 @@ struct Params {
     float scale_log2;
 };
 
-/* Box of a 3D or 4D tensor into shared memory. */
-__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
-                                            int c1, int c2, uint64_t policy)
-{
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
-                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
-                                            int c1, int c2, int c3)
-{
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
-                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-
-/* Descriptor of a tile read as [K, N] with N contiguous: blocks of 64 columns BLOCK_BYTES apart. */
-__device__ __forceinline__ uint64_t desc_transposed(uint32_t tile)
-{
-    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)(BLOCK_BYTES >> 4) << 16 |
-           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
-#define D4(i)  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
-
-/* d[64, 256] += a[64, 16] b[16, 256], b with its columns contiguous. */
-__device__ __forceinline__ void wgmma_pv(float (&d)[128], uint64_t a, uint64_t b)
-{
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, %128, %129, 1, 1, 1, 0, 1;\n"
-        : D64(0), D64(64)
-        : "l"(a), "l"(b));
-}
-
 __device__ __forceinline__ int pages_of(int n) { return n > 0 ? (n + PAGE - 1) / PAGE : 0; }
 
 /* This group's stretch [begin, end) of the pages of all sequences, and the sequence that holds `begin`
@@ -210,30 +162,6 @@ __device__ __forceinline__ int part_at(int r, int half, int j, int lane)
     return ((r / 8 * 2 + half) * 16 + j) * 32 + lane;
 }
 
-/* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
-__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4])
-{
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t x = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-        w[i] = odd ? x : w[i];
-        w[i + 1] = odd ? w[i + 1] : x;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t x = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
-        w[i] = high ? x : w[i];
-        w[i + 2] = high ? w[i + 2] : x;
-    }
-}
-
-__device__ __forceinline__ uint32_t two_bf16(float x, float y)
-{
-    __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
-    return *(uint32_t *)&two;
-}
-
 __device__ __forceinline__ void out_write(const Params &p, int s, int row0, const float (&o)[128],
                                           const float (&l)[2])
 {
@@ -249,7 +177,7 @@ __device__ __forceinline__ void out_write(const Params &p, int s, int row0, cons
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 int i = 4 * (j + k) + 2 * half;
-                w[k] = two_bf16(o[i] * f, o[i + 1] * f);
+                w[k] = bf16_pair(o[i] * f, o[i + 1] * f);
             }
             quad_transpose(w);
             if (r < rows)
@@ -343,8 +271,8 @@ __device__ __forceinline__ void combine(const Params &p, Smem *sm, int s, int it
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 int at = (warp + 8 * k) * 8 + lane % 4; // in pairs of columns
-                to[at] = two_bf16(o[b][k].x * f[b], o[b][k].y * f[b]);
-                to[at + 4] = two_bf16(o[b][k].z * f[b], o[b][k].w * f[b]);
+                to[at] = bf16_pair(o[b][k].x * f[b], o[b][k].y * f[b]);
+                to[at + 4] = bf16_pair(o[b][k].z * f[b], o[b][k].w * f[b]);
             }
         }
     }
@@ -484,11 +412,11 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, Stretch w)
             fence_async();
             named_sync(1, CONSUMERS);
 
-            uint64_t v_desc = desc_transposed(kv + wg * 4 * BLOCK_BYTES);
+            uint64_t v_desc = wgmma_desc_turned(kv + wg * 4 * BLOCK_BYTES);
             wgmma_begin();
 #pragma unroll
             for (int k = 0; k < PAGE / 16; k++)
-                wgmma_pv(o, p_desc + k * 2, v_desc + k * (2048 / 16));
+                wgmma_turned(o, p_desc + k * 2, v_desc + k * (2048 / 16));
             wgmma_commit();
             wgmma_wait<0>();
             if (lane == 0)
@@ -548,35 +476,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-encode_fn find_encode()
-{
-    void *fn = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-        return nullptr;
-    return (encode_fn)fn;
-}
-
-/* A bf16 tensor whose innermost 64 values are one swizzled line. strides in bytes, from dimension 1. */
-bool encode_map(CUtensorMap *ret, const void *base, int n_dims, const cuuint64_t *dims,
-                const cuuint64_t *strides, const cuuint32_t *box)
-{
-    static encode_fn encode = find_encode();
-    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-    return encode &&
-           encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)n_dims, (void *)base, dims, strides,
-                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 int sm_count()
 {
     int device = 0, n = 0;
@@ -617,8 +516,8 @@ cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t strea
     const cuuint64_t q_dims[4] = {64, (cuuint64_t)rows, WIDTH / 64, (cuuint64_t)a->S};
     const cuuint64_t q_strides[3] = {WIDTH * 2, 128, (cuuint64_t)rows * WIDTH * 2};
     const cuuint32_t q_box[4] = {64, ROWS, WIDTH / 64, 1};
-    if (!encode_map(&kv_map, a->pool, 3, kv_dims, kv_strides, kv_box) ||
-        !encode_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
+    if (!tensor_map(&kv_map, a->pool, 3, kv_dims, kv_strides, kv_box) ||
+        !tensor_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
         return cudaErrorInvalidValue;
 
     int64_t pages = (int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE);

@@ -48,44 +48,6 @@ struct Params {
     float scale_log2;
 };
 
-__device__ __forceinline__ void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
-                                            int c1, int c2, int c3)
-{
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
-                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
-}
-
-/* Descriptor of a tile read as [K, N] with N contiguous: blocks of 64 columns LINES_BYTES apart. */
-__device__ __forceinline__ uint64_t desc_transposed(uint32_t tile)
-{
-    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)(LINES_BYTES >> 4) << 16 |
-           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
-#define D4(i)  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
-
-/* d[64, 256] += a[64, 16] b[16, 256], a in registers, b with its columns contiguous. */
-__device__ __forceinline__ void wgmma_pv(float (&d)[128], const uint32_t *a, uint64_t b)
-{
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
-        : D64(0), D64(64)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
 /* What a block works on. The rows [row0, row0 + n_rows) of the packed queries, the first of which sees
  * the slots [kv0, kv0 + seen0) of the packed keys; the last sees n_tiles * KEYS at most. */
 struct Job {
@@ -189,28 +151,8 @@ __device__ __forceinline__ void softmax_step(float (&s)[32], Softmax &x, float (
 __device__ __forceinline__ void pack(const float (&s)[32], uint32_t (&p)[16])
 {
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        __nv_bfloat162 two = __floats2bfloat162_rn(s[2 * i], s[2 * i + 1]);
-        p[i] = *(uint32_t *)&two;
-    }
-}
-
-/* The quad's 4 x 4 words transposed: lane q gets word q of each lane. */
-__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4])
-{
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t x = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-        w[i] = odd ? x : w[i];
-        w[i + 1] = odd ? w[i + 1] : x;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t x = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
-        w[i] = high ? x : w[i];
-        w[i + 2] = high ? w[i + 2] : x;
-    }
+    for (int i = 0; i < 16; i++)
+        p[i] = bf16_pair(s[2 * i], s[2 * i + 1]);
 }
 
 __device__ __forceinline__ void scores(float (&s)[32], uint32_t q, uint32_t k)
@@ -227,11 +169,11 @@ __device__ __forceinline__ void scores(float (&s)[32], uint32_t q, uint32_t k)
 
 __device__ __forceinline__ void add_values(float (&o)[128], const uint32_t (&p)[16], uint32_t v)
 {
-    uint64_t v_desc = desc_transposed(v);
+    uint64_t v_desc = wgmma_desc_turned(v);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
-        wgmma_pv(o, p + 4 * i, v_desc + i * (2048 / 16));
+        wgmma_turned(o, p + 4 * i, v_desc + i * (2048 / 16));
     wgmma_commit();
 }
 
@@ -259,8 +201,7 @@ __device__ __forceinline__ uint32_t turned(uint32_t pair, float c, float s)
 {
     __nv_bfloat162 x = *(__nv_bfloat162 *)&pair;
     float a = __low2float(x), b = __high2float(x);
-    x = __floats2bfloat162_rn(a * c - b * s, b * c + a * s);
-    return *(uint32_t *)&x;
+    return bf16_pair(a * c - b * s, b * c + a * s);
 }
 
 /* The last 64 columns of a warpgroup's queries, of which t0 is the first row: half a row a thread. Waits
@@ -368,8 +309,7 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, const Job &job
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 int i = 4 * (j + k) + 2 * half;
-                __nv_bfloat162 two = __floats2bfloat162_rn(o[i] * f, o[i + 1] * f);
-                w[k] = *(uint32_t *)&two;
+                w[k] = bf16_pair(o[i] * f, o[i + 1] * f);
             }
             quad_transpose(w);
             if (r < job.n_rows)
@@ -414,36 +354,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-encode_fn find_encode()
-{
-    void *fn = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-        return nullptr;
-    return (encode_fn)fn;
-}
-
 /* columns of each head's `width` of a [rows, heads, width] array that begin at base, as (64 columns, row,
  * block of columns, head), in boxes of 64 rows of one head. */
 bool encode_map(CUtensorMap *ret, const cu_bf16 *base, uint64_t rows, int heads, int width, int columns)
 {
-    static encode_fn encode = find_encode();
     const cuuint32_t blocks = (cuuint32_t)columns / 64;
     const cuuint64_t dims[4] = {64, rows, blocks, (cuuint64_t)heads};
     const cuuint64_t strides[3] = {(cuuint64_t)heads * width * 2, 128, (cuuint64_t)width * 2};
-    const cuuint32_t box[4] = {64, 64, blocks, 1}, steps[4] = {1, 1, 1, 1};
-    return encode &&
-           encode(ret, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)base, dims, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const cuuint32_t box[4] = {64, 64, blocks, 1};
+    return tensor_map(ret, base, 4, dims, strides, box);
 }
 
 } // namespace

@@ -201,12 +201,6 @@ template <int N_STAGES> static __device__ __forceinline__ void ring_step(struct 
     }
 }
 
-static __device__ __forceinline__ uint32_t pack(float lo, float hi)
-{
-    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-    return *(uint32_t *)&v;
-}
-
 static __device__ __forceinline__ float swiglu(float gate, float up)
 {
     return __fdividef(gate, 1.0f + __expf(-gate)) * up;
@@ -223,8 +217,8 @@ static __device__ __forceinline__ void set_store(uint32_t out, int group, cu_bf1
     for (int j = 0; j < N / 8; j++) {
         int row = 8 * j + (lane & 7), chunk = 2 * warp + ((lane >> 3) & 1);
         stmatrix_x2_trans(out + row * 128 + ((chunk ^ (row & 7)) << 4),
-                          pack(value(4 * j), value(4 * j + 1)),
-                          pack(value(4 * j + 2), value(4 * j + 3)));
+                          bf16_pair(value(4 * j), value(4 * j + 1)),
+                          bf16_pair(value(4 * j + 2), value(4 * j + 3)));
     }
     named_sync(1 + group, 128);
     int chunk = thread & 7;
