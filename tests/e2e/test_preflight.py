@@ -75,7 +75,8 @@ def test_cpu(machine):
     assert not [x for x in report if x[1] in ("driver", "cuda", "nvlink")]
 
 
-@pytest.mark.parametrize("topology, n", [("one-gpu", 1), ("one-h200", 1), ("gpu-1p1d", 2), ("gpu-2p2d", 4), ("gpu-1p3d", 4)])
+@pytest.mark.parametrize("topology, n", [("one-gpu", 1), ("one-h200", 1), ("gpu-1p1d", 2), ("gpu-2p2d", 4),
+                                         ("gpu-1p3d", 4)])
 def test_topologies_fit(machine, topology, n):
     """Each shipped GPU topology passes on the machine that it is for and fails with a GPU less."""
     flags = ("--topology", TOPOLOGIES / f"{topology}.json")
