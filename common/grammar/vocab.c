@@ -26,8 +26,11 @@ void grammar_vocab_destroy(struct grammar_vocab *v)
     free(v->bytes);
     free(v->same);
     free(v->all.nodes);
-    free(v->rest.nodes);
+    free(v->length_of);
     free(v->plain);
+    free(v->tails.nodes);
+    free(v->tail_start);
+    free(v->tailed);
     free(v->added);
     free(v->eos);
     free(v);
@@ -41,16 +44,22 @@ bool vocab_is_eos(const struct grammar_vocab *v, int32_t id)
     return false;
 }
 
-/* Characters of a plain token; 0 if it is not plain. */
-static uint32_t plain_chars(const uint8_t *bytes, size_t n)
+/* Bytes of the plain character at the start, 0: there is none. */
+static size_t plain_char(const uint8_t *bytes, size_t n)
 {
-    uint32_t chars = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (bytes[i] < 0x20 || bytes[i] == 0x7f || bytes[i] == '"' || bytes[i] == '\\')
-            return 0;
-        chars += (bytes[i] & 0xc0) != 0x80;
-    }
-    return chars <= VOCAB_PLAIN_CHARS && utf8_check((const char *)bytes, n) == n ? chars : 0;
+    if (bytes[0] < 0x80)
+        return bytes[0] >= 0x20 && bytes[0] != 0x7f && bytes[0] != '"' && bytes[0] != '\\';
+    size_t len = bytes[0] < 0xe0 ? 2 : bytes[0] < 0xf0 ? 3 : 4;
+    return len <= n && utf8_check((const char *)bytes, len) == len ? len : 0;
+}
+
+/* Of the plain characters at the start: bytes, and how many there are. */
+static size_t plain_head(const uint8_t *bytes, size_t n, uint32_t *ret_chars)
+{
+    size_t at = 0, len;
+    for (*ret_chars = 0; at < n && (len = plain_char(bytes + at, n - at)) > 0; at += len)
+        ++*ret_chars;
+    return at;
 }
 
 static enum err copy_tokens(struct grammar_vocab *v, const struct grammar_token *tokens)
@@ -83,15 +92,33 @@ static enum err copy_tokens(struct grammar_vocab *v, const struct grammar_token 
     return ERR_OK;
 }
 
-static int id_order(const void *a, const void *b, void *vocab)
+/* Some bytes of the vocabulary, and what they stand for. */
+struct span {
+    uint32_t at, n;
+    int32_t id;
+    uint32_t chars; /* of a tail: plain characters before it */
+};
+
+static int span_order(const struct grammar_vocab *v, const struct span *a, const struct span *b)
 {
-    const struct grammar_vocab *v = vocab;
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    const struct vocab_token *p = &v->tokens[x], *q = &v->tokens[y];
-    int order = memcmp(v->bytes + p->at, v->bytes + q->at, MIN(p->n, q->n));
+    int order = memcmp(v->bytes + a->at, v->bytes + b->at, MIN(a->n, b->n));
+    return order ? order : (a->n > b->n) - (a->n < b->n);
+}
+
+static int token_order(const void *a, const void *b, void *vocab)
+{
+    const struct span *x = a, *y = b;
+    int order = span_order(vocab, x, y);
+    return order ? order : (x->id > y->id) - (x->id < y->id);
+}
+
+static int tail_order(const void *a, const void *b, void *vocab)
+{
+    const struct span *x = a, *y = b;
+    int order = span_order(vocab, x, y);
     if (!order)
-        order = (p->n > q->n) - (p->n < q->n);
-    return order ? order : (x > y) - (x < y);
+        order = (x->chars > y->chars) - (x->chars < y->chars);
+    return order ? order : (x->id > y->id) - (x->id < y->id);
 }
 
 static enum err trie_add(struct trie *t, struct trie_node node)
@@ -108,74 +135,133 @@ static enum err trie_add(struct trie *t, struct trie_node node)
     return ERR_OK;
 }
 
-/* ids in order of their bytes, no two alike. */
-static enum err trie_build(const struct grammar_vocab *v, const int32_t *ids, size_t n,
-                           struct trie *t)
+/* The next of spans that come in order, no two alike. open[*depth]: nodes on the way to the last.
+ */
+static enum err trie_push(const struct grammar_vocab *v, struct trie *t, const struct span *s,
+                          int32_t value, uint32_t *open, uint32_t *depth)
 {
-    uint32_t open[VOCAB_MAX_BYTES]; /* nodes on the way to the last token */
-    size_t depth = 0;
-    for (size_t i = 0; i < n; i++) {
-        const struct vocab_token *token = &v->tokens[ids[i]];
-        const uint8_t *bytes = v->bytes + token->at;
-        size_t shared = 0;
-        while (shared < depth && shared < token->n && t->nodes[open[shared]].byte == bytes[shared])
-            shared++;
-        while (depth > shared)
-            t->nodes[open[--depth]].end = t->n;
-        for (; depth < token->n; depth++) {
-            open[depth] = t->n;
-            TRY(trie_add(t, (struct trie_node){
-                                .token = -1, .depth = (uint16_t)depth, .byte = bytes[depth]}));
-        }
-        t->nodes[t->n - 1].token = ids[i];
+    const uint8_t *bytes = v->bytes + s->at;
+    uint32_t shared = 0;
+    while (shared < *depth && shared < s->n && t->nodes[open[shared]].byte == bytes[shared])
+        shared++;
+    while (*depth > shared)
+        t->nodes[open[--*depth]].end = t->n;
+    for (; *depth < s->n; ++*depth) {
+        open[*depth] = t->n;
+        TRY(trie_add(
+            t, (struct trie_node){.value = -1, .depth = (uint16_t)*depth, .byte = bytes[*depth]}));
     }
+    t->nodes[t->n - 1].value = value;
+    return ERR_OK;
+}
+
+static void trie_close(struct trie *t, const uint32_t *open, uint32_t depth)
+{
     while (depth > 0)
         t->nodes[open[--depth]].end = t->n;
+}
+
+/* Links tokens of the same bytes and keeps the first; *n gets smaller. */
+static enum err build_all(struct grammar_vocab *v, struct span *spans, size_t *n)
+{
+    uint32_t open[VOCAB_MAX_BYTES], depth = 0;
+    size_t kept = 0;
+    qsort_r(spans, *n, sizeof(*spans), token_order, v);
+    for (size_t i = 0; i < *n; i++) {
+        if (kept > 0 && !span_order(v, &spans[kept - 1], &spans[i])) {
+            v->same[spans[i].id] = v->same[spans[kept - 1].id];
+            v->same[spans[kept - 1].id] = spans[i].id;
+            continue;
+        }
+        spans[kept++] = spans[i];
+        TRY(trie_push(v, &v->all, &spans[i], spans[i].id, open, &depth));
+    }
+    trie_close(&v->all, open, depth);
+    *n = kept;
+    return ERR_OK;
+}
+
+/* One row of bits for each length that a plain token has, with all tokens of that length at most.
+ */
+static enum err build_plain(struct grammar_vocab *v)
+{
+    bool has[VOCAB_MAX_BYTES + 1] = {false};
+    uint16_t row = 0;
+    for (int32_t id = 0; id < v->n_ids; id++) {
+        has[v->tokens[id].plain] = true;
+        v->max_way = MAX(v->max_way, v->tokens[id].plain);
+    }
+    v->max_way = MAX(v->max_way, v->max_head);
+    v->length_of = calloc(v->max_way + 1, sizeof(*v->length_of));
+    if (!v->length_of)
+        return no_memory();
+    for (uint32_t chars = 1; chars <= v->max_way; chars++)
+        v->length_of[chars] = has[chars] ? ++row : row;
+    v->plain = calloc((size_t)(row + 1) * v->n_words, sizeof(*v->plain));
+    if (!v->plain)
+        return no_memory();
+    for (int32_t id = 0; id < v->n_ids; id++)
+        for (uint16_t r = v->length_of[v->tokens[id].plain]; v->tokens[id].plain && r <= row; r++)
+            v->plain[(size_t)r * v->n_words + (uint32_t)id / 32] |= 1u << (id % 32);
+    return ERR_OK;
+}
+
+/* spans: of tails, of the tokens that are not plain. */
+static enum err build_tails(struct grammar_vocab *v, struct span *spans, size_t n)
+{
+    uint32_t open[VOCAB_MAX_BYTES], depth = 0;
+    qsort_r(spans, n, sizeof(*spans), tail_order, v);
+    v->tailed = malloc((n + 1) * sizeof(*v->tailed));
+    v->tail_start = malloc((n + 1) * sizeof(*v->tail_start));
+    if (!v->tailed || !v->tail_start)
+        return no_memory();
+    for (size_t i = 0; i < n; i++) {
+        v->tailed[i] = (struct vocab_tailed){spans[i].id, spans[i].chars};
+        v->max_head = MAX(v->max_head, spans[i].chars);
+        if (i > 0 && !span_order(v, &spans[i - 1], &spans[i]))
+            continue;
+        v->tail_start[v->n_tails] = (uint32_t)i;
+        TRY(trie_push(v, &v->tails, &spans[i], (int32_t)v->n_tails++, open, &depth));
+    }
+    trie_close(&v->tails, open, depth);
+    v->tail_start[v->n_tails] = (uint32_t)n;
+    v->n_tail_words = (v->n_tails + 31) / 32;
     return ERR_OK;
 }
 
 static enum err build(struct grammar_vocab *v)
 {
-    size_t n_ids = (size_t)v->n_ids, n = 0, n_rest = 0;
-    OWNED_MEM int32_t *ids = malloc((n_ids + 1) * sizeof(*ids));
-    v->same = malloc((n_ids + 1) * sizeof(*v->same));
-    v->plain = calloc((size_t)(VOCAB_PLAIN_CHARS + 1) * v->n_words, sizeof(*v->plain));
-    if (!ids || !v->same || !v->plain)
+    size_t n = 0, n_tailed = 0;
+    bool has_byte[256] = {false};
+    OWNED_MEM struct span *spans = malloc(((size_t)v->n_ids + 1) * sizeof(*spans));
+    v->same = malloc(((size_t)v->n_ids + 1) * sizeof(*v->same));
+    if (!spans || !v->same)
         return no_memory();
     for (int32_t id = 0; id < v->n_ids; id++) {
+        struct vocab_token *t = &v->tokens[id];
         v->same[id] = -1;
-        if (v->tokens[id].n)
-            ids[n++] = id;
-    }
-    qsort_r(ids, n, sizeof(*ids), id_order, v);
-
-    bool has_byte[256] = {false};
-    size_t kept = 0;
-    for (size_t i = 0; i < n; i++) {
-        const struct vocab_token *t = &v->tokens[ids[i]];
+        if (t->n == 0)
+            continue;
+        spans[n++] = (struct span){t->at, t->n, id, 0};
         if (t->n == 1)
             has_byte[v->bytes[t->at]] = true;
-        uint32_t chars = plain_chars(v->bytes + t->at, t->n);
-        for (uint32_t k = chars; chars && k <= VOCAB_PLAIN_CHARS; k++)
-            v->plain[(size_t)k * v->n_words + (uint32_t)ids[i] / 32] |= 1u << (ids[i] % 32);
-        const struct vocab_token *last = kept ? &v->tokens[ids[kept - 1]] : NULL;
-        if (last && last->n == t->n && !memcmp(v->bytes + last->at, v->bytes + t->at, t->n)) {
-            v->same[ids[i]] = v->same[ids[kept - 1]];
-            v->same[ids[kept - 1]] = ids[i];
-        } else {
-            ids[kept++] = ids[i];
-        }
+        uint32_t chars;
+        if (plain_head(v->bytes + t->at, t->n, &chars) == t->n)
+            t->plain = (uint16_t)chars;
     }
     for (int byte = 0; byte < 256; byte++)
         if (!has_byte[byte])
             return err_set(ERR_BAD_MODEL, "the vocabulary has no token for byte 0x%02x", byte);
-    TRY(trie_build(v, ids, kept, &v->all));
-    for (size_t i = 0; i < kept; i++) {
-        const struct vocab_token *t = &v->tokens[ids[i]];
-        if (!plain_chars(v->bytes + t->at, t->n))
-            ids[n_rest++] = ids[i];
+    TRY(build_all(v, spans, &n));
+    for (size_t i = 0; i < n; i++) {
+        struct span s = spans[i];
+        if (v->tokens[s.id].plain)
+            continue;
+        uint32_t head = (uint32_t)plain_head(v->bytes + s.at, s.n, &s.chars);
+        spans[n_tailed++] = (struct span){s.at + head, s.n - head, s.id, s.chars};
     }
-    return trie_build(v, ids, n_rest, &v->rest);
+    TRY(build_tails(v, spans, n_tailed));
+    return build_plain(v);
 }
 
 enum err grammar_vocab_create(const struct grammar_token *tokens, int32_t n_ids, int32_t n_logits,

@@ -420,17 +420,77 @@ static bool walk(struct matcher *m, struct json_out *text)
     return false;
 }
 
-/* Every mask bit says what a step by that id alone would do. */
-static void check_mask(struct matcher *m, struct grammar_state s)
+/* A matcher that is asked for masks, and one that only ever reads bytes and tags. */
+struct twin {
+    struct grammar *g;
+    struct matcher *m, *bytes;
+    struct grammar_state s, t;
+};
+
+static struct twin twin_open(const char *spec)
 {
-    const uint32_t *mask;
-    CHECK_OK(matcher_mask(m, s, &mask));
-    for (int32_t id = 0; id < (int32_t)(WORDS_OTHER + 1 + ARRAY_LEN(words_more)); id++) {
-        struct grammar_state t = s;
-        bool fits;
-        CHECK_OK(matcher_accept(m, &t, id, &fits));
-        CHECK_INT(mask[id / 32] >> id % 32 & 1, fits);
+    struct twin w = {.g = compile(spec)};
+    REQUIRE(w.g != NULL);
+    CHECK_OK(matcher_create(w.g, vocab, &w.m));
+    CHECK_OK(matcher_create(w.g, vocab, &w.bytes));
+    w.s = matcher_start(w.m);
+    w.t = matcher_start(w.bytes);
+    return w;
+}
+
+static void twin_close(struct twin *w)
+{
+    matcher_destroy(w->m);
+    matcher_destroy(w->bytes);
+    grammar_destroy(w->g);
+}
+
+/* Whether the one that reads bytes takes id; moves it on. */
+static bool reads(struct twin *w, struct grammar_state *t, int32_t id)
+{
+    bool fits = true;
+    if (id < WORDS_OTHER + 1) {
+        CHECK_OK(matcher_accept(w->bytes, t, id, &fits));
+        return fits;
     }
+    for (const char *c = words_more[id - WORDS_OTHER - 1]; *c && fits; c++)
+        CHECK_OK(matcher_accept(w->bytes, t, (uint8_t)*c, &fits));
+    return fits;
+}
+
+/* Every mask bit says what the bytes do. Moves on by one of the allowed, unless that is the end. */
+static bool twin_step(struct twin *w)
+{
+    enum { N = WORDS_OTHER + 1 + ARRAY_LEN(words_more) };
+    int32_t allowed[N];
+    uint32_t n = 0;
+    const uint32_t *mask;
+    CHECK_OK(matcher_mask(w->m, w->s, &mask));
+    for (int32_t id = 0; id < N; id++) {
+        struct grammar_state t = w->t;
+        bool fits = reads(w, &t, id);
+        CHECK_INT(mask[id / 32] >> id % 32 & 1, fits);
+        if (fits && id != WORDS_EOS)
+            allowed[n++] = id;
+    }
+    if (n == 0)
+        return false;
+    int32_t id = allowed[draw(n)];
+    bool fits;
+    CHECK_OK(matcher_accept(w->m, &w->s, id, &fits));
+    CHECK(fits && reads(w, &w->t, id));
+    return true;
+}
+
+static void check_masks(const char *spec, int n_steps)
+{
+    struct twin w = twin_open(spec);
+    for (int i = 0; i < n_steps && twin_step(&w); i++) {
+        struct grammar_state *live = &w.s;
+        if (i % 32 == 31)
+            CHECK_OK(matcher_trim(w.m, 0, &live, 1));
+    }
+    twin_close(&w);
 }
 
 static void random_walks(void)
@@ -464,8 +524,8 @@ static void random_walks(void)
             }
             json_out_finish(&out);
         }
-        if (m && i % 8 == 0)
-            check_mask(m, matcher_start(m));
+        if (m && i % 4 == 0)
+            check_masks(spec.data, 40);
         matcher_destroy(m);
         grammar_destroy(g);
         json_out_finish(&spec);
@@ -480,26 +540,51 @@ static void random_walks(void)
 
 static void masks_of_strings(void)
 {
+#define STRING(more) "{\"type\":\"string\"" more "}"
+#define MANY(items)  "{\"type\":\"array\",\"minItems\":5,\"items\":" items "}"
+#define TOOL(v)                                                                                    \
+    "{\"tools\":[{\"name\":\"f\",\"parameters\":{\"type\":\"object\",\"required\":[\"v\"],"        \
+    "\"properties\":{\"v\":" v "}}}]}"
     static const char *const schemas[] = {
-        "{\"type\":\"string\"}", "{\"type\":\"string\",\"maxLength\":4}",
-        "{\"type\":\"string\",\"minLength\":30,\"maxLength\":40}",
-        "{\"type\":\"string\",\"pattern\":\"^[^a]*$\"}",
-        "{\"type\":\"array\",\"items\":{\"enum\":[\"abc\",\"hello\",\"abd\"]}}"};
-    for (size_t i = 0; i < ARRAY_LEN(schemas); i++) {
-        OWNED(grammar) g = compile_schema(schemas[i]);
-        OWNED(matcher) m = NULL;
-        CHECK_OK(matcher_create(g, vocab, &m));
-        struct grammar_state s = matcher_start(m);
-        bool fits;
-        if (i == 4)
-            CHECK_OK(matcher_accept(m, &s, '[', &fits));
-        for (int k = 0; k < 6; k++) {
-            check_mask(m, s);
-            CHECK_OK(matcher_accept(m, &s, k == 0 ? '"' : k % 2 ? 'b' : 0xc3, &fits));
-            if (!fits)
-                break;
-        }
+        STRING(""),
+        STRING(",\"maxLength\":0"),
+        STRING(",\"maxLength\":4"),
+        STRING(",\"minLength\":3"),
+        STRING(",\"minLength\":30,\"maxLength\":40"),
+        STRING(",\"maxLength\":70"),
+        STRING(",\"minLength\":9,\"maxLength\":9"),
+        STRING(",\"pattern\":\"^[^a]*$\""),
+        STRING(",\"pattern\":\"^(..){2,7}$\""),
+        STRING(",\"pattern\":\"^(a|[^b]){3,60}$\""),
+        STRING(",\"pattern\":\"^.{3,9}x?.{2,40}$\""),
+        STRING(",\"pattern\":\"^[a-z]{2,60}$\",\"maxLength\":30"),
+        "{\"type\":\"array\",\"items\":{\"enum\":[\"abc\",\"hello\",\"abd\"]}}",
+        MANY(STRING(",\"maxLength\":5")),
+        MANY(STRING(",\"minLength\":2,\"maxLength\":12")),
+        MANY(STRING(",\"pattern\":\"^([^\\\\n][^\\\\n]){2,7}$\"")),
+        MANY(STRING(",\"pattern\":\"^.{3,9}x?.{2,40}$\"")),
+        MANY(MANY(STRING(",\"maxLength\":20"))),
+        "{\"type\":\"array\",\"maxItems\":8,\"items\":" STRING(",\"maxLength\":3") "}",
+        "{\"type\":\"array\",\"maxItems\":8,\"items\":{\"anyOf\":[" STRING(
+            ",\"maxLength\":3") "," STRING(",\"minLength\":2,\"maxLength\":9") "]}}",
+        "{\"type\":\"object\",\"additionalProperties\":" STRING(",\"maxLength\":9") "}"};
+    static const char *const specs[] = {
+        "{\"free\":true}",
+        TOOL(STRING("")),
+        TOOL(STRING(",\"maxLength\":40")),
+        TOOL(STRING(",\"minLength\":3,\"maxLength\":6")),
+        TOOL("{\"type\":[\"string\",\"null\"],\"maxLength\":9}"),
+        TOOL(MANY(STRING(",\"maxLength\":9"))),
+        "{\"reasoning\":true,\"schema\":" STRING(",\"maxLength\":50") "}"};
+    for (size_t i = 0; i < ARRAY_LEN(schemas) * 8; i++) {
+        struct json_out spec = {0};
+        json_out_fmt(&spec, "{\"schema\":%s}", schemas[i % ARRAY_LEN(schemas)]);
+        json_out_raw(&spec, "", 1);
+        check_masks(spec.data, 120);
+        json_out_finish(&spec);
     }
+    for (size_t i = 0; i < ARRAY_LEN(specs) * 8; i++)
+        check_masks(specs[i % ARRAY_LEN(specs)], 120);
 }
 
 static void equal_states_are_one(void)
