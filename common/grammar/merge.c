@@ -134,26 +134,12 @@ static bool has_shape(const json_t *v, enum shape shape)
     return false;
 }
 
-static unsigned type_named(const char *name)
-{
-    static const struct {
-        const char *name;
-        unsigned type;
-    } names[] = {{"string", T_STRING},   {"integer", T_INTEGER}, {"number", T_NUMBER | T_INTEGER},
-                 {"boolean", T_BOOLEAN}, {"object", T_OBJECT},   {"array", T_ARRAY},
-                 {"null", T_NULL}};
-    for (size_t i = 0; name && i < ARRAY_LEN(names); i++)
-        if (!strcmp(name, names[i].name))
-            return names[i].type;
-    return 0;
-}
-
 static enum err check_types(const json_t *v, const char *where)
 {
     size_t n = json_is_array(v) ? json_array_size(v) : 1;
     for (size_t i = 0; i < n; i++) {
         const json_t *name = json_is_array(v) ? json_array_get(v, i) : v;
-        if (!type_named(json_string_value(name)))
+        if (!json_type_named(json_string_value(name)))
             return schema_refuse(where, "\"type\" has no type named \"%.40s\"",
                                  json_is_string(name) ? json_string_value(name) : "?");
     }
@@ -229,28 +215,6 @@ enum err schema_follow(struct schema_context *x, const char *ref, const json_t *
 
 static enum err no_memory(void) { return err_set(ERR_NOMEM, "no memory for a schema"); }
 
-unsigned schema_type_of(const json_t *v)
-{
-    switch (json_typeof(v)) {
-    case JSON_STRING:
-        return T_STRING;
-    case JSON_INTEGER:
-        return T_INTEGER | T_NUMBER;
-    case JSON_REAL:
-        return T_NUMBER;
-    case JSON_TRUE:
-    case JSON_FALSE:
-        return T_BOOLEAN;
-    case JSON_OBJECT:
-        return T_OBJECT;
-    case JSON_ARRAY:
-        return T_ARRAY;
-    case JSON_NULL:
-        break;
-    }
-    return T_NULL;
-}
-
 static unsigned declared_types(const json_t *type)
 {
     unsigned types = 0;
@@ -259,9 +223,9 @@ static unsigned declared_types(const json_t *type)
     if (!type)
         return T_ALL;
     if (json_is_string(type))
-        return type_named(json_string_value(type));
+        return json_type_named(json_string_value(type));
     json_array_foreach ((json_t *)type, i, name)
-        types |= type_named(json_string_value(name));
+        types |= json_type_named(json_string_value(name));
     return types;
 }
 
@@ -295,7 +259,7 @@ unsigned schema_types(const json_t *plain)
     if (type || values) {
         unsigned listed = 0;
         for (size_t i = 0; i < json_array_size(values); i++)
-            listed |= schema_type_of(json_array_get(values, i));
+            listed |= json_type_of(json_array_get(values, i));
         return declared_types(type) & (values ? listed : T_ALL);
     }
     unsigned types = 0;
@@ -358,7 +322,7 @@ static json_t *common_types(const json_t *a, const json_t *b)
     unsigned types = declared_types(a) & declared_types(b);
     json_t *list = json_array();
     for (size_t i = 0; i < ARRAY_LEN(names); i++) {
-        unsigned t = type_named(names[i]);
+        unsigned t = json_type_named(names[i]);
         if ((types & t) == t)
             json_array_append_new(list, json_string(names[i]));
     }

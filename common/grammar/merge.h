@@ -36,7 +36,6 @@ MUST_CHECK enum err schema_expand(struct schema_context *x, const json_t *schema
 
 /* Types that an expanded schema admits. */
 unsigned schema_types(const json_t *plain);
-unsigned schema_type_of(const json_t *value); /* an integer has both number bits */
 
 /* ERR_INVALID unless no value can be valid for two of the branches of oneOf. */
 MUST_CHECK enum err schema_check_disjoint(struct schema_context *x, const json_t *branches);

@@ -2,19 +2,8 @@
 #ifndef BATON_GRAMMAR_SCHEMA_H
 #define BATON_GRAMMAR_SCHEMA_H
 
+#include "common/base/json_type.h"
 #include "common/grammar/program.h"
-
-/* Types a schema speaks of, as bits. */
-enum {
-    T_STRING = 1,
-    T_INTEGER = 2,
-    T_NUMBER = 4,
-    T_BOOLEAN = 8,
-    T_OBJECT = 16,
-    T_ARRAY = 32,
-    T_NULL = 64,
-    T_ALL = 127,
-};
 
 struct schema_compiler;
 

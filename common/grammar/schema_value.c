@@ -70,13 +70,13 @@ static enum err value_fits(struct schema_compiler *c, const json_t *s, const jso
             return schema_refuse(c->where, "\"enum\" or \"const\" beside \"%s\" is not supported",
                                  hard[i]);
     struct number_range r = schema_range(s);
-    unsigned type = schema_type_of(v);
+    unsigned type = json_type_of(v);
     double x = json_number_value(v);
     *ret = (schema_types(s) & type) != 0;
     if (type == T_STRING)
         *ret = *ret && (int64_t)n_chars(v) >= schema_count(s, "minLength", 0) &&
                n_chars(v) <= schema_max(s, "maxLength");
-    if (type & T_NUMBER)
+    if (type & (T_NUMBER | T_INTEGER))
         *ret = *ret && (r.min_exclusive ? x > r.min : x >= r.min) &&
                (r.max_exclusive ? x < r.max : x <= r.max);
     return ERR_OK;
@@ -134,7 +134,7 @@ enum err schema_literal(struct schema_compiler *c, const json_t *v, uint32_t nex
 static bool reads_as_other(const json_t *v, unsigned form)
 {
     json_t *other = json_loadb(json_string_value(v), json_string_length(v), JSON_DECODE_ANY, NULL);
-    bool result = other && (schema_type_of(other) & form & T_ALL & ~(unsigned)T_STRING);
+    bool result = other && (json_type_of(other) & form & T_ALL & ~(unsigned)T_STRING);
     json_decref(other);
     return result || memchr(json_string_value(v), 0, json_string_length(v));
 }

@@ -33,6 +33,7 @@
 #include <string.h>
 
 #include "common/base/hash.h"
+#include "common/base/json_type.h"
 #include "common/base/own.h"
 
 #define MAX_NAME   256
@@ -41,16 +42,7 @@
 
 enum { REASONING, CONTENT, RAW, NAME, KEY, AFTER_KEY, VALUE, CLOSING };
 enum { VALUE_STRING, VALUE_BUFFER, VALUE_DROP };
-enum {
-    T_STRING = 1,
-    T_INTEGER = 2,
-    T_NUMBER = 4,
-    T_BOOLEAN = 8,
-    T_OBJECT = 16,
-    T_ARRAY = 32,
-    T_NULL = 64,
-    T_ANY = 127
-};
+#define T_ANY T_ALL /* nothing is known */
 
 struct glm_mark {
     uint64_t at;
@@ -258,40 +250,6 @@ static bool span_is(struct span t, const char *text)
     return t.n == strlen(text) && !memcmp(t.s, text, t.n);
 }
 
-static size_t digits(struct span t, size_t i)
-{
-    while (i < t.n && t.s[i] >= '0' && t.s[i] <= '9')
-        i++;
-    return i;
-}
-
-/* T_INTEGER, T_NUMBER or 0 by JSON's grammar, of any length. */
-static unsigned number_kind(struct span t)
-{
-    size_t i = t.n && t.s[0] == '-', first = i;
-    unsigned kind = T_INTEGER;
-    i = digits(t, i);
-    if (i == first || (t.s[first] == '0' && i > first + 1))
-        return 0;
-    if (i < t.n && t.s[i] == '.') {
-        first = ++i;
-        i = digits(t, i);
-        if (i == first)
-            return 0;
-        kind = T_NUMBER;
-    }
-    if (i < t.n && (t.s[i] == 'e' || t.s[i] == 'E')) {
-        i++;
-        i += i < t.n && (t.s[i] == '-' || t.s[i] == '+');
-        first = i;
-        i = digits(t, i);
-        if (i == first)
-            return 0;
-        kind = T_NUMBER;
-    }
-    return i == t.n ? kind : 0;
-}
-
 /* The type of a JSON text, or 0 if it is none. Of a string, *ret_string (if given) gets the value,
  * which the caller owns. */
 static unsigned json_kind(struct span t, json_t **ret_string)
@@ -303,7 +261,7 @@ static unsigned json_kind(struct span t, json_t **ret_string)
     if (span_is(t, "true") || span_is(t, "false"))
         return T_BOOLEAN;
     if (t.s[0] == '-' || (t.s[0] >= '0' && t.s[0] <= '9'))
-        return number_kind(t);
+        return json_type_of_number(t.s, t.n);
     if (!strchr("{[\"", t.s[0]) || t.s[0] == 0)
         return 0;
     struct json_out list = {0}; /* "[text]": a string alone is no document for every parser */
@@ -750,39 +708,8 @@ static unsigned schema_types(const json_t *schema, struct walk *w);
 
 static unsigned type_named(const char *name)
 {
-    static const struct {
-        const char *name;
-        unsigned type;
-    } names[] = {{"string", T_STRING},   {"integer", T_INTEGER}, {"number", T_NUMBER | T_INTEGER},
-                 {"boolean", T_BOOLEAN}, {"object", T_OBJECT},   {"array", T_ARRAY},
-                 {"null", T_NULL}};
-    for (size_t i = 0; name && i < ARRAY_LEN(names); i++) {
-        if (!strcmp(name, names[i].name))
-            return names[i].type;
-    }
-    return T_ANY;
-}
-
-static unsigned type_of(const json_t *v)
-{
-    switch (json_typeof(v)) {
-    case JSON_STRING:
-        return T_STRING;
-    case JSON_INTEGER:
-        return T_INTEGER;
-    case JSON_REAL:
-        return T_NUMBER | T_INTEGER;
-    case JSON_TRUE:
-    case JSON_FALSE:
-        return T_BOOLEAN;
-    case JSON_OBJECT:
-        return T_OBJECT;
-    case JSON_ARRAY:
-        return T_ARRAY;
-    case JSON_NULL:
-        break;
-    }
-    return T_NULL;
+    unsigned type = json_type_named(name);
+    return type ? type : T_ANY;
 }
 
 /* "#/a/b" within root, or NULL. */
@@ -848,12 +775,12 @@ static unsigned schema_types(const json_t *schema, struct walk *w)
         size_t i;
         json_t *v;
         json_array_foreach (values, i, v)
-            listed |= type_of(v);
+            listed |= json_type_of(v);
         types = narrow(types, listed);
     }
     const json_t *only = json_object_get(schema, "const");
     if (only)
-        types = narrow(types, type_of(only));
+        types = narrow(types, json_type_of(only));
     types = narrow(types, union_of(json_object_get(schema, "anyOf"), w));
     types = narrow(types, union_of(json_object_get(schema, "oneOf"), w));
     size_t i;
