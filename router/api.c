@@ -56,6 +56,7 @@ static const struct route routes[] = {
     {"/metrics", GET, .get = api_get_metrics},
     {"/status", GET, .get = api_get_status},
     {"/version", GET, .get = api_get_version, .open = true},
+    {"/openapi.json", GET, .get = api_get_openapi, .open = true},
     {"/v1/models", GET, .get = api_get_models},
     {"/v1/models/*", GET, .get = api_get_model},
     {"/v1/chat/completions", POST, .shape = &api_shape_chat},

@@ -376,7 +376,7 @@ extern const struct api_shape api_shape_chat, api_shape_completions, api_shape_g
 
 typedef void api_get_fn(struct api *a, struct http_exchange *x, const struct http_request *r);
 api_get_fn api_get_models, api_get_model, api_get_health, api_get_ready, api_get_metrics,
-    api_get_version, api_get_page, api_get_status;
+    api_get_version, api_get_page, api_get_status, api_get_openapi;
 
 /* Logprob entries of a chunk in chat form, appended to choice->logprobs. */
 void api_chat_logprobs(struct api_choice *choice, const struct gen_chunk *c);
