@@ -1,11 +1,13 @@
 """What /metrics promises to dashboards: names, labels, and data for their queries from a real Prometheus."""
 
+import enum
 import json
 import math
 import re
 import shutil
 import socket
 import subprocess
+import typing
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -90,6 +92,46 @@ def test_dashboard(cluster):
     assert len(ids) == len(set(ids)) and all(p["title"] for p in DASHBOARD["panels"])
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in DASHBOARD["panels"]]
     assert len(places) == len(set(places))
+
+
+def test_dashboard_is_grafanas():
+    """Read and written again by Grafana's own types nothing is lost, and every choice is one of theirs."""
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    known = Dashboard.from_json(json.loads(json.dumps(DASHBOARD)))
+    again = json.loads(json.dumps(known, cls=JSONEncoder))
+
+    def lost(a, b, path):
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [x for k, v in a.items() for x in lost(v, b.get(k), f"{path}.{k}")]
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            return [x for i, v in enumerate(a) for x in lost(v, b[i], f"{path}[{i}]")]
+        return [] if a == b else [f"{path}: {a} {b}"]
+
+    # A variable's definition is what Grafana's editor keeps beside its query.
+    assert [x for x in lost(DASHBOARD, again, "") if ".definition: label_values" not in x] == []
+
+    n_choices = 0
+
+    def choices(o):
+        nonlocal n_choices
+        for v in o if isinstance(o, list) else o.values() if isinstance(o, dict) else ():
+            choices(v)
+        if not type(o).__module__.startswith("grafana"):
+            return
+        hints = typing.get_type_hints(type(o))
+        for name, v in vars(o).items():
+            choices(v)
+            for t in (hints.get(name), *typing.get_args(hints.get(name))):
+                if isinstance(t, type) and issubclass(t, enum.Enum) and isinstance(v, (str, int)):
+                    t(v)  # ValueError: no such choice
+                    n_choices += 1
+
+    choices(known)
+    assert n_choices > 100
 
 
 def test_what_is_counted(cluster):
