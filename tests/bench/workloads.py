@@ -2,8 +2,8 @@
 """The four workloads, one after the other, on a cluster of two prefill and two decode workers of its own, and one
 report that compares them.
 
-    python3 tests/bench/workloads.py mock --data sharegpt.jsonl --out DIR    full size, about 13 minutes
-    python3 tests/bench/workloads.py cpu  --data sharegpt.jsonl --out DIR    the demo model, a fiftieth of it
+    python3 tests/bench/workloads.py mock --data sharegpt.jsonl --out DIR    full size, 11 minutes
+    python3 tests/bench/workloads.py cpu  --data sharegpt.jsonl --out DIR    the demo model, 40 requests each
 
 DIR gets WORKLOAD.json of each, all.html, and table.md, which is also printed. The data: see README.md beside this
 file. With `mock`, steps take what they would on an H100 (as far as HACKING.md says) and tokens are made up: what is
