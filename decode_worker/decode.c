@@ -20,6 +20,7 @@
 #include "common/base/log.h"
 #include "common/base/own.h"
 #include "decode_worker/accept.h"
+#include "decode_worker/depth.h"
 #include "decode_worker/handoff_in.h"
 #include "decode_worker/speculate.h"
 #include "decode_worker/stream.h"
@@ -43,9 +44,12 @@ struct decode {
     struct constraints *constraints;
     struct stream *streams;
     uint32_t n_waiting, n_reserved, n_zombie, n_running; // by state
-    uint32_t max_streams, mtp_step;
-    bool *slot_used;                     // [max_streams]
-    struct stream **batch;               // [max_streams]
+    uint32_t max_streams;
+    uint32_t mtp_step;     // drafts of this step; unless it is chosen, always the same
+    bool choose;           // --mtp-step auto
+    struct depth depth;    // for that
+    bool *slot_used;       // [max_streams]
+    struct stream **batch; // [max_streams]
     struct early_release early[N_EARLY]; // a ring
     uint32_t early_at;
     bool stop, draining;
@@ -68,7 +72,9 @@ enum err decode_create(const struct decode_config *c, struct decode **ret)
     d->worker = c->worker;
     d->pool = c->pool;
     d->max_streams = (uint32_t)c->config->running_max_req_size;
-    d->mtp_step = (uint32_t)c->config->mtp_step;
+    d->mtp_step = config_mtp_max(c->config);
+    d->choose = c->config->mtp_step == CONFIG_AUTO;
+    depth_init(&d->depth, d->mtp_step);
     d->slot_used = calloc(d->max_streams, sizeof(*d->slot_used));
     d->batch = calloc(d->max_streams, sizeof(struct stream *));
     struct handoff_in_config h = {
@@ -595,6 +601,8 @@ static void make_room(struct decode *d)
 {
     if (d->n_running > 0 && failpoint_pass("decode.preempt") == FAILPOINT_ERROR)
         preempt(d, youngest_running(d));
+    if (d->choose && d->n_running > 0)
+        d->mtp_step = depth_choose(&d->depth, d->n_running);
     for (struct stream *st = d->streams, *next; st; st = next) {
         next = st->next;
         if (st->state != STREAM_RUNNING)
@@ -660,10 +668,11 @@ static void count_drafts(struct decode *d, const struct stream *st)
         return;
     d->beat.n_drafts++;
     d->beat.n_draft_tokens += st->n_draft;
-    for (uint32_t j = 0; j < st->n_draft && st->sampled[j] == st->draft[j]; j++) {
-        d->beat.n_accepted_tokens++;
-        d->beat.accepted_at[j]++;
-    }
+    uint32_t n = 0;
+    for (; n < st->n_draft && st->sampled[n] == st->draft[n]; n++)
+        d->beat.accepted_at[n]++;
+    d->beat.n_accepted_tokens += n;
+    depth_accepted(&d->depth, st->n_draft, n);
 }
 
 static void fail_grammar(struct decode *d, struct stream *st)
@@ -709,6 +718,7 @@ static bool step(struct decode *d)
 
     worker_progress(d->worker, true); // from here until the turn ends a standstill is a hang
     uint64_t start_us = clock_now_us();
+    uint32_t n_seqs = (uint32_t)n;
     constraints_trim(d->constraints);
     d->beat.gap_us += d->step_end_us ? start_us - d->step_end_us : 0;
     d->step_end_us = 0;
@@ -755,6 +765,8 @@ static bool step(struct decode *d)
     d->beat.n_steps++;
     d->step_end_us = clock_now_us();
     uint32_t took_us = (uint32_t)(d->step_end_us - start_us);
+    depth_took(&d->depth, n_seqs, d->mtp_step, took_us);
+    d->beat.mtp_step = d->mtp_step;
     d->beat.step_total_us += took_us;
     d->beat.step_us = d->beat.step_us ? (d->beat.step_us * 7 + took_us) / 8 : took_us;
     return true;

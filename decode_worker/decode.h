@@ -10,8 +10,7 @@ struct decode;
 struct decode_config {
     const struct config *config;
     struct worker *worker;
-    struct engine
-        *engine; /* created for max_streams * (mtp_step + 1) rows and max_streams imports */
+    struct engine *engine; /* created for max_streams windows and max_streams imports */
     struct kv_pool *pool;
     struct wire_fingerprint fingerprint;
     uint32_t transports;

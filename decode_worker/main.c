@@ -24,7 +24,8 @@ static enum err run(const struct config *config, int *ret_exit)
     TRY(setup_model(config, &weights, &setup));
     device = setup.device;
     int n_streams = (int)config->running_max_req_size;
-    int n_rows = n_streams * ((int)config->mtp_step + 1);
+    int n_window = (int)config_mtp_max(config) + 1;
+    int n_rows = n_streams * n_window;
     struct engine_config e = {
         .device = device,
         .mock = setup_mock(&setup),
@@ -34,15 +35,15 @@ static enum err run(const struct config *config, int *ret_exit)
         .max_logits = n_rows,
         .max_imports = n_streams,
         .max_ctx = (int)setup.max_total_tokens,
-        .max_seq_rows = (int)config->mtp_step + 1,
-        .max_graph_rows = (int)(config->graph_max_batch_size * (config->mtp_step + 1)),
+        .max_seq_rows = n_window,
+        .max_graph_rows = (int)config->graph_max_batch_size * n_window,
         .inner_norm_eps = (float)config->inner_norm_eps,
     };
     TRY(setup_pool(config, &setup, weights, &e, NULL, &pool));
     struct worker_config w = {.role = WIRE_DECODE, .config = config};
     setup_hello(config, &setup, pool, &w.hello);
     w.hello.max_running = (uint32_t)n_streams;
-    w.hello.mtp_step = (uint32_t)config->mtp_step;
+    w.hello.mtp_step = config_mtp_max(config);
     TRY(worker_create(&w, &worker));
     e.progress = worker_computing;
     e.progress_user = worker;

@@ -136,9 +136,13 @@ static void want_draft(struct speculate *s, struct batch *b, const struct stream
     s->logit_row[b->n_logits++] = b->n_rows - 1;
 }
 
-/* Every stream's pending slots from true hidden states; the last row of each drafts first. */
+/* Every stream's pending slots from true hidden states; the last row of each drafts first, if any
+ * stream wants drafts in this step. */
 static enum err draft_first(struct speculate *s, struct stream **streams, int n)
 {
+    bool any = false;
+    for (int i = 0; i < n; i++)
+        any |= streams[i]->n_draft > 0;
     struct batch b = batch_begin(s, streams, n);
     for (int i = 0; i < n; i++) {
         struct stream *st = streams[i];
@@ -147,12 +151,15 @@ static enum err draft_first(struct speculate *s, struct stream **streams, int n)
             batch_row(s, &b, st->pending_token[j], slot + j, st->pending_hidden[j]);
         batch_end_seq(s, &b, st, st->n_ctx);
         st->draft_row = b.n_rows - 1;
+        if (!any)
+            continue;
         mask_row(s, st, 0);
         want_draft(s, &b, st, 0);
     }
-    TRY(engine_draft(s->config.engine, &b, s->hidden, s->ids));
+    TRY(engine_draft(s->config.engine, &b, s->hidden, any ? s->ids : NULL));
     for (int i = 0; i < n; i++) {
-        streams[i]->draft[0] = s->ids[i];
+        if (any)
+            streams[i]->draft[0] = s->ids[i];
         streams[i]->n_pending = 0;
     }
     return ERR_OK;

@@ -21,7 +21,7 @@ struct speculate;
 struct speculate_config {
     struct engine *engine;
     int max_streams, max_pages; /* pages of the longest sequence */
-    uint32_t mtp_step;
+    uint32_t mtp_step;          /* most drafts of a step; n_draft of each stream may be fewer */
     bool eagle;
     bool has_mtp;     /* the MTP layer's KV is kept */
     double simulated; /* with dummy weights: probability that a draft is right; 0 = compare */

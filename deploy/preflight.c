@@ -166,11 +166,11 @@ static void check_model(struct report *r)
     else
         ok(r, "model", "%s: %d layers%s", dir, config.n_layers,
            config.n_mtp_layers ? " and an MTP layer" : "");
-    long mtp_step =
-        atol(setting(&r->plan->procs[r->plan->n_procs - 1], "mtp_step", "BATON_MTP_STEP"));
-    if (mtp_step > 0 && !config.n_mtp_layers)
-        fail(r, "mtp", "leave --mtp-step out",
-             "--mtp-step %ld, but the checkpoint has no MTP layer", mtp_step);
+    const char *mtp_step =
+        setting(&r->plan->procs[r->plan->n_procs - 1], "mtp_step", "BATON_MTP_STEP");
+    if ((!strcmp(mtp_step, "auto") || atol(mtp_step) > 0) && !config.n_mtp_layers)
+        fail(r, "mtp", "leave --mtp-step out", "--mtp-step %s, but the checkpoint has no MTP layer",
+             mtp_step);
     if (!strcmp(setting(worker, "device", "BATON_DEVICE"), "mock"))
         ok(r, "weights", "none (--device mock)");
     else if (dummy)

@@ -52,7 +52,7 @@ static enum err run(struct config *config, int *ret_exit)
     setup_hello(config, &setup, pool, &w.hello);
     w.hello.max_running = (uint32_t)config->max_prefill_queue;
     w.hello.chunk_tokens = (uint32_t)chunk;
-    w.hello.mtp_step = config->mtp_step > 0;
+    w.hello.mtp_step = config->mtp_step != 0;
     TRY(worker_create(&w, &worker));
     e.progress = worker_computing;
     e.progress_user = worker;

@@ -128,7 +128,7 @@ enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
     p->engine = c->engine;
     p->pool = c->pool;
     p->model = engine_model(c->engine);
-    p->mtp = c->config->mtp_step > 0;
+    p->mtp = c->config->mtp_step != 0;
     p->checksum = !strcmp(c->config->kv_checksum, "on");
     p->chunk_tokens = (uint32_t)c->config->chunked_prefill_size;
     p->max_pages = (c->max_total_tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;

@@ -78,6 +78,9 @@ static const struct {
     {"pin", {"auto", "off"}},
 };
 
+/* Numbers that a worker can choose by itself. */
+static const char *const autos[] = {"mtp_step"};
+
 static const char *const endpoints[] = {"router_endpoint", "peer_endpoint"};
 
 static const struct {
@@ -192,6 +195,19 @@ static const char *unit_suffix(const struct setting *s, char *text, size_t n)
     return text;
 }
 
+static bool may_be_auto(const struct setting *s)
+{
+    for (size_t i = 0; i < ARRAY_LEN(autos); i++)
+        if (!strcmp(s->name, autos[i]))
+            return true;
+    return false;
+}
+
+static bool is_auto(const json_t *v)
+{
+    return json_is_string(v) && !strcmp(json_string_value(v), "auto");
+}
+
 /* shown: how the user wrote the setting, for the sentence. */
 static enum err value_set(const struct setting *s, const char *value, const char *shown,
                           struct config *c)
@@ -210,9 +226,14 @@ static enum err value_set(const struct setting *s, const char *value, const char
         return ERR_OK;
     }
     case KIND_INT: {
+        if (may_be_auto(s) && !strcmp(value, "auto")) {
+            *(int64_t *)field = CONFIG_AUTO;
+            return ERR_OK;
+        }
         long long v = strtoll(value, &end, 10);
         if (end == value || *end || isspace((unsigned char)*value))
-            return err_set(ERR_INVALID, "%s is '%s', must be an integer", shown, value);
+            return err_set(ERR_INVALID, "%s is '%s', must be an integer%s", shown, value,
+                           may_be_auto(s) ? " or auto" : "");
         if (errno == ERANGE || v < s->min || v > s->max)
             return err_set(ERR_INVALID, "%s is %s, must be in %" PRId64 " .. %" PRId64 "%s", shown,
                            value, s->min, s->max, unit_suffix(s, unit, sizeof(unit)));
@@ -299,7 +320,7 @@ static enum err read_file(enum config_proc proc, const char *path, struct config
             break;
         }
         bool fits = s->kind == KIND_STR    ? json_is_string(v)
-                    : s->kind == KIND_INT  ? json_is_integer(v)
+                    : s->kind == KIND_INT  ? json_is_integer(v) || (may_be_auto(s) && is_auto(v))
                     : s->kind == KIND_REAL ? json_is_number(v)
                                            : json_is_boolean(v);
         struct json_out text = {0};
@@ -443,6 +464,8 @@ static const char *value_text(const struct setting *s, const struct config *c, c
     case KIND_STR:
         return *(const char *const *)field;
     case KIND_INT:
+        if (may_be_auto(s) && *(const int64_t *)field == CONFIG_AUTO)
+            return "auto";
         snprintf(text, n, "%" PRId64, *(const int64_t *)field);
         return text;
     case KIND_REAL:
@@ -494,7 +517,8 @@ static void help_print_setting(const struct setting *s, const struct config *def
     if (s->kind == KIND_INT && s->max == INT64_MAX)
         snprintf(range, sizeof(range), ", from %" PRId64, s->min);
     else if (s->kind == KIND_INT)
-        snprintf(range, sizeof(range), ", %" PRId64 " .. %" PRId64, s->min, s->max);
+        snprintf(range, sizeof(range), ", %" PRId64 " .. %" PRId64 "%s", s->min, s->max,
+                 may_be_auto(s) ? " or auto" : "");
     else if (s->kind == KIND_REAL)
         snprintf(range, sizeof(range), ", %g .. %g", s->real_min, s->real_max);
     const char *def = value_text(s, defaults, text, sizeof(text));

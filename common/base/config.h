@@ -25,6 +25,15 @@ struct config {
 #undef BOOL
 };
 
+#define CONFIG_AUTO  (-1) /* what "auto" makes of an INT that may be that */
+#define MTP_AUTO_MAX 4
+
+/* Most drafts of a step. */
+static inline uint32_t config_mtp_max(const struct config *c)
+{
+    return c->mtp_step == CONFIG_AUTO ? MTP_AUTO_MAX : (uint32_t)c->mtp_step;
+}
+
 /* Fills ret for one process. argv[0] is skipped. Handles --help and --version by printing and
  * exiting 0. Flags are "--name value", "--name=value"; a BOOL may stand alone (true) or take
  * true/false. ERR_INVALID names the flag, its value and what is allowed. Strings live until exit.

@@ -23,7 +23,7 @@ static_assert(sizeof(struct wire_hello) == 264, "no padding on the wire");
 static_assert(sizeof(struct wire_welcome) == 8, "no padding on the wire");
 static_assert(sizeof(struct wire_peer) == 192, "no padding on the wire");
 static_assert(sizeof(struct wire_gone) == 16, "no padding on the wire");
-static_assert(sizeof(struct wire_beat) == 256, "no padding on the wire");
+static_assert(sizeof(struct wire_beat) == 264, "no padding on the wire");
 static_assert(sizeof(struct wire_sampling) == 120, "no padding on the wire");
 static_assert(sizeof(struct wire_submit) == 160, "no padding on the wire");
 static_assert(sizeof(struct wire_tokens) == 8, "no padding on the wire");
@@ -280,7 +280,9 @@ static enum err check_peer(uint16_t type, const struct wire_peer *b)
 static enum err check_beat(uint16_t type, const struct wire_beat *b)
 {
     TRY(check_max(type, "busy", b->busy, 1));
-    return check_max(type, "draining", b->draining, 1);
+    TRY(check_max(type, "draining", b->draining, 1));
+    TRY(check_max(type, "mtp_step", b->mtp_step, WIRE_MAX_MTP_STEP));
+    return check_zero(type, b->zero);
 }
 
 static enum err check_sampling(uint16_t type, const struct wire_sampling *s)

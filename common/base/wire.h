@@ -30,7 +30,7 @@
 #include "common/base/err.h"
 
 #define WIRE_MAGIC   0x4e544142u /* "BATN" */
-#define WIRE_VERSION 3
+#define WIRE_VERSION 4
 
 /* name, id, body struct, what it means */
 // clang-format off
@@ -184,6 +184,7 @@ struct wire_beat {
     uint64_t step_total_us;                  // in all steps or chunks
     uint64_t gap_us; // between steps that followed each other at once: the host's own time
     uint64_t n_grants, grant_wait_us; // decode: GRANTs sent; from SUBMIT to GRANT, summed
+    uint32_t mtp_step, zero;          // decode: drafts per sequence of the last step
 };
 
 /* How tokens are drawn: see common/engine/sampler.h. */

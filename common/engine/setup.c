@@ -151,9 +151,8 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
     TRY(kv_transports_parse(c->kv_transport, device != NULL, &s.transports));
     TRY(s.is_mock ? mock_model(c, &model, &s, &w) : setup_weights(c, device, &model, &w));
     const struct model_config *m = &w->config;
-    if (c->mtp_step > 0 && m->n_mtp_layers == 0)
-        return err_set(ERR_INVALID, "--mtp-step %lld: the checkpoint has no MTP layer",
-                       (long long)c->mtp_step);
+    if (c->mtp_step && m->n_mtp_layers == 0)
+        return err_set(ERR_INVALID, "--mtp-step is not 0, but the checkpoint has no MTP layer");
     s.max_total_tokens = (uint32_t)m->max_positions;
     if (c->max_req_total_len > m->max_positions)
         return err_set(ERR_INVALID, "--max-req-total-len %lld: the model's context is %d",
@@ -163,7 +162,7 @@ enum err setup_model(const struct config *c, struct weights **ret, struct setup 
     s.fingerprint = (struct wire_fingerprint){
         .protocol = WIRE_VERSION,
         .n_layers = (uint32_t)m->n_layers,
-        .n_mtp_layers = c->mtp_step > 0 ? (uint32_t)m->n_mtp_layers : 0,
+        .n_mtp_layers = c->mtp_step ? (uint32_t)m->n_mtp_layers : 0,
         .page_tokens = KV_PAGE_TOKENS,
         .kv_width = s.is_mock ? MOCK_KV_WIDTH : KV_WIDTH,
         .kv_dtype = device ? WIRE_BF16 : WIRE_F32,

@@ -58,6 +58,20 @@ def test_tokens_are_known(mock, flags):
     c.wait_idle()
 
 
+@pytest.mark.parametrize("accepted, low, high", [(0, 0, 1), (0.95, 3, 4)])
+def test_drafts_are_as_many_as_pay(mock, accepted, low, high):
+    """The mock's own drafts are never right; a coin makes them so."""
+    c = mock("--mtp-step", "auto", "--mtp-simulate-acceptance", accepted)
+    for _ in range(3):
+        ask(c, 300)
+
+    def chosen():
+        return int(re.search(r"^baton_mtp_step\{.*\} (\d+)$", c.get("/metrics")[2], re.M).group(1))
+
+    wait(lambda: low <= chosen() <= high, 5, f"{low} to {high} drafts", c.log)
+    c.wait_idle()
+
+
 def test_same_text_after_a_worker_died(mock):
     c = mock(*DRAFTS, decode=2, costs={**FAST, "decode_ms": [[1, 20]]})
     errors = []

@@ -65,7 +65,7 @@ def compare(got, want):
 
 
 @pytest.mark.parametrize("mode", ["eagle_with_att", "vanilla_with_att"])
-@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 2, 4, "auto"])
 def test_mtp(plain, start, mode, step):
     c = start(*PLAIN, "--mtp-step", step, "--mtp-mode", mode)
     compare(ids_of(c, 1 if step == 2 else 8), plain)

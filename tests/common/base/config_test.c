@@ -184,6 +184,27 @@ static void wrong_files_are_explained(void)
     CHECK(strstr(err_text(ERR_NOT_FOUND), "/nonexistent/x.json"));
 }
 
+static void some_numbers_may_be_auto(void)
+{
+    struct config c;
+    CHECK_OK(PARSE(CONFIG_DECODE, &c, "--mtp-step", "auto"));
+    CHECK_INT(c.mtp_step, CONFIG_AUTO);
+    CHECK_INT(config_mtp_max(&c), MTP_AUTO_MAX);
+    CHECK_OK(PARSE(CONFIG_DECODE, &c, "--mtp-step", "3"));
+    CHECK_INT(config_mtp_max(&c), 3);
+    CHECK_INT(PARSE(CONFIG_DECODE, &c, "--mtp-step", "-1"), ERR_INVALID);
+    CHECK_INT(PARSE(CONFIG_DECODE, &c, "--mtp-step", "most"), ERR_INVALID);
+    CHECK_STR(err_text(ERR_INVALID), "--mtp-step is 'most', must be an integer or auto");
+    CHECK_INT(PARSE(CONFIG_DECODE, &c, "--threads", "auto"), ERR_INVALID);
+    const char *path = write_file("{\"mtp_step\": \"auto\"}");
+    CHECK_OK(PARSE(CONFIG_DECODE, &c, "--config", (char *)(uintptr_t)path));
+    CHECK_INT(c.mtp_step, CONFIG_AUTO);
+    unlink(path);
+    path = write_file("{\"mtp_step\": \"3\"}");
+    CHECK_INT(PARSE(CONFIG_DECODE, &c, "--config", (char *)(uintptr_t)path), ERR_INVALID);
+    unlink(path);
+}
+
 /* What a child process prints to fd before it exits. */
 static const char *printed(enum config_proc proc, const char *flag, int fd, int *status)
 {
@@ -269,6 +290,7 @@ int main(void)
     RUN(words_are_checked_centrally);
     RUN(later_sources_win);
     RUN(wrong_files_are_explained);
+    RUN(some_numbers_may_be_auto);
     RUN(help_lists_what_the_process_has);
     RUN(settings_are_logged_with_their_source);
     RUN(the_launcher_can_sort_flags);
