@@ -15,7 +15,9 @@
 #define HOPELESS    0.8  /* a neighbour that was that bad is not tried again */
 #define N_TRIAL     4    /* steps of a trial: a GPU captures the first of a new shape */
 #define TRIAL_EVERY 48   /* steps between trials */
-#define STALE       2048 /* steps after which a neighbour's time is looked at again */
+#define FRESH       64   /* steps for which a neighbour's time is good, times those it comes from */
+#define STALE       2048u /* at most */
+#define SURE        16    /* steps after which it is believed that a neighbour is hopeless */
 
 /* Microseconds of a step as guessed: without drafts the MTP layer still writes its KV. */
 static double guess_us(uint32_t n, uint32_t k)
@@ -66,12 +68,15 @@ static double rate(const struct depth *d, uint32_t n, uint32_t k)
     return depth_tokens(d, k) / time_us(d, n, k);
 }
 
-/* Whether k deserves a trial beside the chosen one. */
+/* Whether k deserves a trial beside the chosen one: the less is known of it, the sooner, and at
+ * last only if there is hope. */
 static bool is_due(const struct depth *d, uint32_t n, uint32_t k)
 {
     const struct depth_time *t = &d->time[class_of(n)][k];
-    return t->n < N_TRIAL ||
-           (d->n_steps - t->last > STALE && rate(d, n, k) > HOPELESS * rate(d, n, d->chosen));
+    if (t->n < N_TRIAL)
+        return true;
+    return d->n_steps - t->last > MIN(FRESH * t->n, STALE) &&
+           (t->n < SURE || rate(d, n, k) > HOPELESS * rate(d, n, d->chosen));
 }
 
 uint32_t depth_choose(struct depth *d, uint32_t n_seqs)

@@ -58,10 +58,11 @@ def test_tokens_are_known(mock, flags):
     c.wait_idle()
 
 
-@pytest.mark.parametrize("accepted, low, high", [(0, 0, 1), (0.95, 3, 4)])
-def test_drafts_are_as_many_as_pay(mock, accepted, low, high):
+@pytest.mark.parametrize("accepted, row_ms, low, high", [(0, 3, 0, 1), (0.95, 0.05, 3, 4)])
+def test_drafts_are_as_many_as_pay(mock, accepted, row_ms, low, high):
     """The mock's own drafts are never right; a coin makes them so."""
-    c = mock("--mtp-step", "auto", "--mtp-simulate-acceptance", accepted)
+    c = mock("--mtp-step", "auto", "--mtp-simulate-acceptance", accepted,
+             costs={**FAST, "verify_row_ms": [[1, row_ms]]})
     for _ in range(3):
         ask(c, 300)
 
