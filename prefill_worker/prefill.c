@@ -68,12 +68,19 @@ struct prompt {
     // once the last chunk is computed
     int32_t token;
     enum wire_finish finish;
+    int hidden_row; // of its last input token, in the chunk
     float *hidden;
     float logprob;
     struct wire_top top[WIRE_MAX_TOP];
     uint32_t n_bias;
     struct constraint *constraint; // what the output is held to, or NULL
     int32_t ids[];                 // [n_ids], then bias_id[n_bias] and their values
+};
+
+/* A prompt whose first token is about to be drawn. */
+struct first_draw {
+    struct prompt *prompt;
+    int32_t banned[MODEL_MAX_EOS + WIRE_MAX_STOP_IDS];
 };
 
 struct early_grant {
@@ -110,7 +117,13 @@ struct prefill {
     struct prompt **candidate; // [max_prompts]
     int32_t *token, *position, *seq_start, *ctx_len, *block_table, *logit_row;
     struct hidden_ref *hidden_ref;
-    struct seen seen; // of the prompt whose first token is drawn
+    // arrays of one draw, [max_prompts]
+    struct first_draw *draws;
+    uint32_t n_draws;
+    struct sample_row *rows;
+    int32_t *idx, *ids, *top_id; // top_*: [max_prompts * WIRE_MAX_TOP]
+    float *logprob, *top_logprob;
+    struct seen seen; // of a prompt with penalties, which is drawn alone
 };
 
 static void on_sent(void *user, uint64_t owner, uint32_t n_pages, enum err err);
@@ -144,9 +157,17 @@ enum err prefill_create(const struct prefill_config *c, struct prefill **ret)
     p->block_table = alloc_array(seqs * p->max_pages, sizeof(int32_t));
     p->logit_row = alloc_array(seqs, sizeof(int32_t));
     p->hidden_ref = alloc_array(rows, sizeof(*p->hidden_ref));
+    p->draws = alloc_array(seqs, sizeof(*p->draws));
+    p->rows = alloc_array(seqs, sizeof(*p->rows));
+    p->idx = alloc_array(seqs, sizeof(int32_t));
+    p->ids = alloc_array(seqs, sizeof(int32_t));
+    p->top_id = alloc_array(seqs * WIRE_MAX_TOP, sizeof(int32_t));
+    p->logprob = alloc_array(seqs, sizeof(float));
+    p->top_logprob = alloc_array(seqs * WIRE_MAX_TOP, sizeof(float));
     enum err err = seen_init(&p->seen, p->model->vocab);
     if (!p->part || !p->part_tokens || !p->left || !p->candidate || !p->token || !p->position ||
-        !p->seq_start || !p->ctx_len || !p->block_table || !p->logit_row || !p->hidden_ref)
+        !p->seq_start || !p->ctx_len || !p->block_table || !p->logit_row || !p->hidden_ref ||
+        !p->draws || !p->rows || !p->idx || !p->ids || !p->top_id || !p->logprob || !p->top_logprob)
         err = err_set(ERR_NOMEM, "no memory for a chunk of %u tokens", p->chunk_tokens);
     if (err == ERR_OK && !strcmp(c->config->prefix_cache, "on"))
         err = prefix_cache_create(c->pool, &p->cache);
@@ -515,6 +536,11 @@ static void push(struct prefill *p, struct prompt *q)
     q->ready_sent = true;
 }
 
+static bool is_penalised(const struct wire_sampling *s)
+{
+    return s->presence_penalty != 0 || s->frequency_penalty != 0 || s->repetition_penalty != 1;
+}
+
 static void send_first_token(struct prefill *p, struct prompt *q)
 {
     uint64_t now_us = clock_now_us();
@@ -543,41 +569,58 @@ static void send_first_token(struct prefill *p, struct prompt *q)
     p->beat.generated_tokens++;
 }
 
-/* Draws the first token of a prompt whose last row has logits row `logit`. */
-static enum err sample_first(struct prefill *p, struct prompt *q, int logit)
+/* How the first token of a prompt is drawn. Penalties count in p->seen, which serves one row of a
+ * draw. */
+static enum err first_row(struct prefill *p, struct prompt *q, struct first_draw *draw,
+                          struct sample_row *ret)
 {
     const struct wire_sampling *s = &q->sampling;
-    int32_t banned[MODEL_MAX_EOS + WIRE_MAX_STOP_IDS];
-    int n_banned = worker_stop_ids(s, p->model, banned);
-    struct sample_row row;
-    worker_sample_row(s, q->n_ids, q->n_emitted, banned, n_banned, &row);
-    bool penalised =
-        s->presence_penalty != 0 || s->frequency_penalty != 0 || s->repetition_penalty != 1;
-    if (penalised) {
+    int n_banned = worker_stop_ids(s, p->model, draw->banned);
+    worker_sample_row(s, q->n_ids, q->n_emitted, draw->banned, n_banned, ret);
+    if (is_penalised(s)) {
         seen_clear(&p->seen);
         for (uint32_t i = 0; i < q->n_ids; i++)
             (i < q->n_prompt ? seen_prompt : seen_output)(&p->seen, q->ids[i]);
-        row.seen = p->seen.list;
-        row.n_seen = p->seen.n;
+        ret->seen = p->seen.list;
+        ret->n_seen = p->seen.n;
     }
-    row.n_bias = (int32_t)q->n_bias;
-    row.bias_id = q->ids + q->n_ids;
-    row.bias_value = (const float *)(q->ids + q->n_ids + q->n_bias);
+    ret->n_bias = (int32_t)q->n_bias;
+    ret->bias_id = q->ids + q->n_ids;
+    ret->bias_value = (const float *)(q->ids + q->n_ids + q->n_bias);
     enum err err = ERR_OK;
     if (q->constraint)
-        err = constraint_mask(q->constraint, constraint_state(q->constraint), &row.allowed);
-    if (err != ERR_OK) {
+        err = constraint_mask(q->constraint, constraint_state(q->constraint), &ret->allowed);
+    if (err != ERR_OK)
         log_warn("grammar", "req=%016" PRIx64 " code=%s the grammar was given up: %s", q->req_id,
                  err_name(err), err_text(err));
-        return err;
+    return err;
+}
+
+/* Draws the first tokens that have been prepared, in one call, and sends them. */
+static void draw_first(struct prefill *p)
+{
+    int n = (int)p->n_draws, max_top = 0;
+    p->n_draws = 0;
+    if (n == 0)
+        return;
+    for (int i = 0; i < n; i++)
+        max_top = MAX(max_top, p->rows[i].n_logprobs);
+    enum err err = engine_sample(p->engine, n, p->idx, p->rows, max_top, p->ids, p->logprob,
+                                 p->top_id, p->top_logprob);
+    for (int i = 0; i < n; i++) {
+        struct prompt *q = p->draws[i].prompt;
+        if (err != ERR_OK) {
+            prompt_fail(q, err);
+            continue;
+        }
+        q->token = p->ids[i];
+        q->logprob = p->logprob[i];
+        for (int t = 0; t < q->sampling.n_logprobs; t++)
+            q->top[t] =
+                (struct wire_top){p->top_id[i * max_top + t], p->top_logprob[i * max_top + t]};
+        q->finish = worker_finish(&q->sampling, p->model, q->token, q->n_emitted + 1);
+        send_first_token(p, q);
     }
-    int32_t idx = logit, top_id[WIRE_MAX_TOP];
-    float top_logprob[WIRE_MAX_TOP];
-    TRY(engine_sample(p->engine, 1, &idx, &row, MAX(s->n_logprobs, 0), &q->token, &q->logprob,
-                      top_id, top_logprob));
-    for (int i = 0; i < s->n_logprobs; i++)
-        q->top[i] = (struct wire_top){top_id[i], top_logprob[i]};
-    return ERR_OK;
 }
 
 /* Fills the batch arrays with part_tokens[i] rows of part[i]. shift: MTP rows, which carry the next
@@ -654,20 +697,39 @@ static void sample_parts(struct prefill *p, uint32_t n_parts)
         if (q->n_done + p->part_tokens[i] < q->n_ids)
             continue;
         int row = logit++;
+        q->hidden_row = p->logit_row[row];
         if (q->failed || q->cancelled)
             continue;
-        enum err err = sample_first(p, q, row);
-        if (err == ERR_OK && p->mtp && q->peer) {
-            q->hidden = malloc((size_t)p->model->hidden * sizeof(float));
-            err = q->hidden ? engine_export_hidden(p->engine, p->logit_row[row], q->hidden)
-                            : ERR_NOMEM;
-        }
-        if (err != ERR_OK) {
+        bool alone = is_penalised(&q->sampling);
+        if (alone)
+            draw_first(p);
+        struct first_draw *draw = &p->draws[p->n_draws];
+        draw->prompt = q;
+        p->idx[p->n_draws] = row;
+        enum err err = first_row(p, q, draw, &p->rows[p->n_draws]);
+        if (err != ERR_OK)
             prompt_fail(q, err);
+        else
+            p->n_draws++;
+        if (alone)
+            draw_first(p);
+    }
+    draw_first(p);
+}
+
+/* What the decode worker drafts from: it is there as long as no other chunk begins. */
+static void export_hidden(struct prefill *p, uint32_t n_parts)
+{
+    for (uint32_t i = 0; i < n_parts; i++) {
+        struct prompt *q = p->part[i];
+        if (q->n_done + p->part_tokens[i] < q->n_ids || !q->peer || q->finish != WIRE_RUNNING ||
+            q->failed || q->cancelled)
             continue;
-        }
-        q->finish = worker_finish(&q->sampling, p->model, q->token, q->n_emitted + 1);
-        send_first_token(p, q);
+        q->hidden = malloc((size_t)p->model->hidden * sizeof(float));
+        enum err err = q->hidden ? engine_export_hidden(p->engine, q->hidden_row, q->hidden)
+                                 : err_set(ERR_NOMEM, "no memory for a hidden state");
+        if (err != ERR_OK)
+            prompt_fail(q, err);
     }
 }
 
@@ -680,7 +742,10 @@ static enum err compute_parts(struct prefill *p, uint32_t n_parts)
     if (!p->mtp)
         return ERR_OK;
     b = build_batch(p, n_parts, true);
-    return b.n_rows > 0 ? engine_draft(p->engine, &b, p->hidden_ref, NULL) : ERR_OK;
+    if (b.n_rows > 0)
+        TRY(engine_draft(p->engine, &b, p->hidden_ref, NULL));
+    export_hidden(p, n_parts);
+    return ERR_OK;
 }
 
 /* Computes one chunk. Returns false if there was nothing to compute. */
@@ -911,6 +976,13 @@ void prefill_destroy(struct prefill *p)
     free(p->block_table);
     free(p->logit_row);
     free(p->hidden_ref);
+    free(p->draws);
+    free(p->rows);
+    free(p->idx);
+    free(p->ids);
+    free(p->top_id);
+    free(p->logprob);
+    free(p->top_logprob);
     seen_finish(&p->seen);
     free(p);
 }
