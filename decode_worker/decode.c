@@ -186,9 +186,9 @@ static void stream_fail(struct decode *d, struct stream *st, enum err code, cons
 /* The attempt is not wanted any more. Reserved pages stay until nothing can write them. */
 static void stream_cancel(struct decode *d, struct stream *st)
 {
-    if (st->in_step)
+    if (st->in_step) {
         st->cancelled = true;
-    else if (st->state == STREAM_RESERVED) {
+    } else if (st->state == STREAM_RESERVED) {
         set_state(d, st, STREAM_ZOMBIE);
         settle(d, st);
     } else if (st->state != STREAM_ZOMBIE) {

@@ -1,6 +1,6 @@
 """Whole clusters on GPUs, from the programs that tests/device/pack gathered.
 
-  serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4; handoff on one
+  serve.py demo PREFIX [cuda:N cuda:M]   the demo model's goldens, mtp-step 0, 1, 2, 4, auto; handoff on one
                                          GPU or, given two, from the first to the second
   serve.py faults PREFIX [devices, flags] 10,000 handoffs, then workers killed in the middle of others
   serve.py flash PREFIX [devices, flags] full size, dummy weights: 512 requests of 300 + 200 tokens
@@ -49,7 +49,7 @@ def spread(devices, shared=None):
 
 def demo(devices, flags):
     failed, texts = 0, {}
-    for mtp in (0, 1, 2, 4):
+    for mtp in (0, 1, 2, 4, "auto"):
         cluster = Cluster("--mtp-step", mtp, "--max-total-token-num", 32768, "--log-level", "info", *flags,
                           topology=spread(devices))
         try:
