@@ -243,14 +243,16 @@ static void drafts_are_the_goldens(void)
  */
 static void drafts_keep_to_their_masks(void)
 {
-    enum { N = 24 };
+    enum { N = 20 };
     int V = weights->config.vocab, n_words = (V + 31) / 32;
     const struct golden_case *c = &cases[0];
+    for (int i = 1; i < n_cases && c->n_prompt <= N; i++)
+        c = &cases[i];
     float *logits = calloc((size_t)V, sizeof(float));
     uint32_t *mask[2] = {calloc((size_t)n_words, 4), calloc((size_t)n_words, 4)};
     const uint32_t *allowed[N];
     int32_t any[N], got[N];
-    REQUIRE(logits && mask[0] && mask[1] && c->n_prompt >= N);
+    REQUIRE(logits && mask[0] && mask[1] && c->n_prompt > N);
     for (int32_t id = 0; id < V; id++)
         mask[id % 2][id / 32] |= 1u << id % 32;
     forward_one(0, 0, c->seq, c->n_prompt);
