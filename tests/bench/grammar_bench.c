@@ -1,6 +1,6 @@
 /* grammar_bench: what holding outputs to grammars costs a decode step of 64 streams.
  *
- *   grammar_bench [tokenizer.json]
+ *   grammar_bench [tokenizer.json eos-id]
  *
  * Each stream walks at random through what its masks allow, so states are as varied as answers get.
  * A step is 64 masks and 64 accepts. "shared": all streams have the same schema, as a service has;
@@ -9,6 +9,7 @@
  * UTF-8.
  */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -16,11 +17,11 @@
 #include "common/grammar/constraint.h"
 
 #define N_IDS   151552
-#define EOS     (N_IDS - 1)
 #define STREAMS 64
 #define STEPS   200
 
 static uint64_t seed = 1;
+static int32_t eos = N_IDS - 1;
 
 static uint32_t draw(uint32_t n) /* splitmix64 */
 {
@@ -65,7 +66,6 @@ static enum err made_up(struct grammar_vocab **ret)
 {
     static struct grammar_token tokens[N_IDS];
     static struct json_out texts[N_IDS];
-    int32_t eos = EOS;
     for (int id = 0; id < N_IDS; id++) {
         if (id < 256)
             json_out_raw(&texts[id], (const char[]){(char)id}, 1);
@@ -128,7 +128,7 @@ static enum err step(struct walker *w, int n, uint64_t *us)
         start = cpu_us();
         TRY(matcher_accept(w[i].m, &w[i].s, id, &fits));
         *us += cpu_us() - start;
-        if (id == EOS)
+        if (id == eos)
             w[i].s = matcher_start(w[i].m);
     }
     return ERR_OK;
@@ -172,7 +172,6 @@ static enum err bench(const struct grammar_vocab *v, const char *name, const cha
 static enum err run(const char *path)
 {
     OWNED(grammar_vocab) v = NULL;
-    int32_t eos = EOS;
     if (path)
         TRY(grammar_vocab_load(path, N_IDS, &eos, 1, &v));
     else
@@ -186,6 +185,12 @@ static enum err run(const char *path)
 
 int main(int argc, char **argv)
 {
+    if (argc == 2 || argc > 3) {
+        fprintf(stderr, "usage: grammar_bench [tokenizer.json eos-id]\n");
+        return 2;
+    }
+    if (argc == 3)
+        eos = (int32_t)atoi(argv[2]); // without its id a walk has no end
     enum err err = run(argc > 1 ? argv[1] : NULL);
     if (err != ERR_OK)
         fprintf(stderr, "%s\n", err_text(err));
