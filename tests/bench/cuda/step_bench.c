@@ -17,11 +17,11 @@
  *   every byte read once at 3.0 TB/s     2.40   8.8  17.8  20.3  21.4  23.0  26.8      70
  *
  * H200 (4.3 TB/s), the same              3.68   7.7  14.6  15.8  17.5  20.1  26.3           109
- *   two warpgroups share x from 128
- *   tokens on (moe_gemm.cu); keys and
- *   values by one product, queries
- *   turned in attention, o_proj and down
- *   add to the residual themselves       3.68   7.6  14.7  15.8  17.3  19.8  25.1           106
+ *   two warpgroups share x in the expert
+ *   products; keys and values by one
+ *   product, queries turned in attention,
+ *   o_proj and down add to the residual
+ *   themselves; the head is cuBLAS's     3.44   7.8  13.8  15.9  17.2  19.8  24.9           106
  *   every byte read once at 4.3 TB/s     1.68   6.1  12.4  14.2  14.9  16.0  18.7            70
  * The host's part is 0.02 to 0.15 ms of a step.
  */
