@@ -8,13 +8,30 @@
 
 #include <string.h>
 
-void api_history_close(struct api_history *h) { h->open = NULL; }
+/* What the open message has reasoned becomes its member only now: joined piece by piece, many
+ * pieces would be copied as many times. */
+static void set_reasoning(struct api_history *h)
+{
+    struct json_out *o = &h->reasoning;
+    if (o->len &&
+        json_object_set_new(h->open, "reasoning_content", json_stringn(o->data, o->len)) != 0)
+        h->failed = true;
+    h->failed |= o->failed;
+    o->len = 0;
+}
+
+void api_history_close(struct api_history *h)
+{
+    set_reasoning(h);
+    h->open = NULL;
+}
 
 static json_t *open_as(struct api_history *h, const char *role)
 {
     const char *is = json_string_value(json_object_get(h->open, "role"));
     if (is && !strcmp(is, role))
         return h->open;
+    api_history_close(h);
     json_t *m = json_pack("{s:s,s:[]}", "role", role, "content");
     if (!h->messages)
         h->messages = json_array();
@@ -40,12 +57,8 @@ void api_history_text(struct api_history *h, const char *role, const json_t *tex
 
 void api_history_reasoning(struct api_history *h, const json_t *text)
 {
-    json_t *m = open_as(h, "assistant");
-    const char *before = json_string_value(json_object_get(m, "reasoning_content"));
-    if (json_object_set_new(m, "reasoning_content",
-                            json_pack("s++", before ? before : "", json_string_value(text), "")) !=
-        0)
-        h->failed = true;
+    if (open_as(h, "assistant"))
+        json_out_raw(&h->reasoning, json_string_value(text), json_string_length(text));
 }
 
 void api_history_call(struct api_history *h, const json_t *id, const json_t *name,
@@ -81,6 +94,7 @@ bool api_history_says(const struct api_history *h)
 
 enum err api_history_render(struct api_history *h, json_t *tools, struct api_call *call)
 {
+    api_history_close(h);
     json_t *body = json_pack("{s:O?,s:O?}", "messages", h->messages, "tools", tools);
     enum err e = ERR_OK;
     if (!body || h->failed)
@@ -94,5 +108,6 @@ enum err api_history_render(struct api_history *h, json_t *tools, struct api_cal
 void api_history_finish(struct api_history *h)
 {
     json_decref(h->messages);
+    json_out_finish(&h->reasoning);
     *h = (struct api_history){0};
 }

@@ -353,9 +353,10 @@ void api_access_log_refused(const struct api *a, const struct http_request *r, c
 
 /* Zero-initialise. Texts and ids are JSON strings and are shared, not copied. */
 struct api_history {
-    json_t *messages; /* NULL: none yet */
-    json_t *open;     /* the one that pieces are added to, or NULL */
-    bool failed;      /* out of memory; api_history_render says so */
+    json_t *messages;          /* NULL: none yet */
+    json_t *open;              /* the one that pieces are added to, or NULL */
+    struct json_out reasoning; /* of the open one */
+    bool failed;               /* out of memory; api_history_render says so */
 };
 void api_history_close(struct api_history *h); /* what comes next is a new message */
 void api_history_text(struct api_history *h, const char *role, const json_t *text);

@@ -1589,6 +1589,41 @@ static json_t *named_events(const struct answer *a, char *names, size_t cap)
     return events_of(a, "\ndata: ");
 }
 
+/* Reasoning that comes back in thousands of pieces costs what its bytes cost: joined two by two it
+ * kept a thread of the pool for minutes. */
+static void reasoning_in_many_pieces(void)
+{
+    enum { PIECES = 15000, PIECE_BYTES = 200 };
+    static const struct {
+        const char *path, *begin, *piece, *end;
+    } shapes[] = {
+        {MESSAGES "/count_tokens",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"assistant\",\"content\":"
+         "[",
+         "{\"type\":\"thinking\",\"thinking\":\"%0*d\"},",
+         "{\"type\":\"text\",\"text\":\"x\"}]}]}"},
+        {RESPONSES, "{\"input\":[{\"type\":\"reasoning\",\"content\":[",
+         "{\"type\":\"reasoning_text\",\"text\":\"%0*d\"},",
+         "{\"type\":\"reasoning_text\",\"text\":\"x\"}]}]}"},
+    };
+    char *body = malloc(PIECES * (PIECE_BYTES + 64));
+    for (size_t i = 0; i < ARRAY_LEN(shapes); i++) {
+        char *p = body + sprintf(body, "%s", shapes[i].begin);
+        for (int k = 0; k < PIECES; k++)
+            p += sprintf(p, shapes[i].piece, PIECE_BYTES, 0);
+        strcpy(p, shapes[i].end);
+        uint64_t start_us = clock_now_us();
+        struct answer a = ask("POST", shapes[i].path, body);
+        CHECK(clock_now_us() - start_us < 10000000u);
+        if (i == 0)
+            CHECK(int_at(a.json, "input_tokens") > PIECES * PIECE_BYTES);
+        else
+            CHECK_STR(text_at(a.json, "error.code"), "context_length_exceeded");
+        answer_finish(&a);
+    }
+    free(body);
+}
+
 static void newer_streams(void)
 {
     char names[4096];
@@ -2048,6 +2083,7 @@ int main(void)
     RUN(sampling_reaches_the_worker);
     RUN(generate);
     RUN(generate_streams);
+    RUN(reasoning_in_many_pieces);
     RUN(large_bodies_use_the_pool);
     RUN(overload);
     RUN(anthropic_errors);
