@@ -21,8 +21,13 @@
 
 #include "common/base/own.h"
 
-const struct json_limits json_limits_request = {
-    .max_bytes = 256u << 20, .max_depth = 64, .max_containers = 20000, .max_values = 300000};
+#define INT64_DIGITS 19u
+
+const struct json_limits json_limits_request = {.max_bytes = 256u << 20,
+                                                .max_depth = 64,
+                                                .max_containers = 20000,
+                                                .max_values = 300000,
+                                                .any_value = true};
 const struct json_limits json_limits_file = {
     .max_bytes = 512u << 20, .max_depth = 128, .max_containers = 4000000, .max_values = 40000000};
 
@@ -35,9 +40,10 @@ static enum err over(const char *what, size_t limit)
     return err_set(ERR_TOO_LARGE, "JSON has more than %zu %s", limit, what);
 }
 
-static enum err scan(const char *text, size_t n, const struct json_limits *limits)
+/* *ret_long: some number has INT64_DIGITS digits in a row. */
+static enum err scan(const char *text, size_t n, const struct json_limits *limits, bool *ret_long)
 {
-    size_t depth = 0, n_containers = 0, n_values = 1;
+    size_t depth = 0, n_containers = 0, n_values = 1, n_digits = 0;
     bool in_string = false, opened = false; // opened: the last character that counts was { or [
     for (size_t i = 0; i < n; i++) {
         char c = text[i];
@@ -48,6 +54,8 @@ static enum err scan(const char *text, size_t n, const struct json_limits *limit
                 in_string = false;
             continue;
         }
+        n_digits = c >= '0' && c <= '9' ? n_digits + 1 : 0;
+        *ret_long |= n_digits == INT64_DIGITS;
         bool empty = opened;
         if (c != ' ' && c != '\n' && c != '\t' && c != '\r')
             opened = c == '{' || c == '[';
@@ -80,14 +88,47 @@ static enum err scan(const char *text, size_t n, const struct json_limits *limit
     return ERR_OK;
 }
 
+/* jansson refuses integers beyond int64. As 18446744073709551615 they are that here; as
+ * 184467440737095516e2, of the same length, they are reals, right to 17 digits. */
+static void long_integers_to_reals(char *text)
+{
+    bool in_string = false;
+    for (char *c = text; *c; c++) {
+        if (*c == '"')
+            in_string = !in_string;
+        else if (in_string && *c == '\\' && c[1])
+            c++;
+        else if (!in_string && (*c == '-' || (*c >= '0' && *c <= '9'))) {
+            size_t n_number = strspn(c, "+-.0123456789Ee"), n_digits = strspn(c + 1, "0123456789");
+            errno = 0;
+            if (n_digits + 1 == n_number && n_number >= INT64_DIGITS) {
+                (void)strtoll(c, NULL, 10);
+                if (errno == ERANGE)
+                    memcpy(c + n_number - 2, "e2", 2);
+            }
+            c += n_number - 1;
+        }
+    }
+}
+
 enum err json_parse(const char *text, size_t n, const struct json_limits *limits, json_t **ret)
 {
     if (n > limits->max_bytes)
         return err_set(ERR_TOO_LARGE, "JSON of %zu bytes exceeds %zu", n, limits->max_bytes);
-    TRY(scan(text, n, limits));
+    bool long_numbers = false;
+    TRY(scan(text, n, limits, &long_numbers));
 
+    OWNED_MEM char *copy = NULL;
+    if (limits->any_value && long_numbers && !memchr(text, 0, n)) {
+        copy = strndup(text, n);
+        if (!copy)
+            return err_set(ERR_NOMEM, "no memory for JSON of %zu bytes", n);
+        long_integers_to_reals(copy);
+        text = copy;
+    }
+    size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
     json_error_t why;
-    json_t *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &why);
+    json_t *root = json_loadb(text, n, flags | (limits->any_value ? JSON_ALLOW_NUL : 0), &why);
     if (!root && json_error_code(&why) == json_error_out_of_memory)
         return err_set(ERR_NOMEM, "no memory for JSON of %zu bytes", n);
     if (!root) {

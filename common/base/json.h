@@ -7,6 +7,7 @@
 #define BATON_JSON_H
 
 #include <jansson.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -14,15 +15,18 @@
 
 struct json_limits {
     size_t max_bytes, max_depth, max_containers, max_values;
+    bool any_value; // takes "\\u0000" in strings, and integers beyond int64, which become reals
 };
 
-/* For what clients send: 64 deep, 20,000 containers, 300,000 values. */
+/* For what clients send: 64 deep, 20,000 containers, 300,000 values, any_value: what a program has
+ * read from a file, or got as an id, comes back in its conversation. Mind that a string's length is
+ * json_string_length then. */
 extern const struct json_limits json_limits_request;
 /* For our own files (tokenizer.json, safetensors headers, config.json). */
 extern const struct json_limits json_limits_file;
 
-/* Parses text[0..n). Duplicate keys, trailing bytes, bad UTF-8, NUL: ERR_INVALID with line, column
- * and reason; over a limit: ERR_TOO_LARGE naming the limit. *ret is owned by the caller
+/* Parses text[0..n). Duplicate keys, trailing bytes, bad UTF-8, NUL bytes: ERR_INVALID with line,
+ * column and reason; over a limit: ERR_TOO_LARGE naming the limit. *ret is owned by the caller
  * (json_decref). */
 MUST_CHECK enum err json_parse(const char *text, size_t n, const struct json_limits *limits,
                                json_t **ret);

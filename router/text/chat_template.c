@@ -270,8 +270,11 @@ static enum err call_arguments(const json_t *call, const char *where, json_t **r
         parsed = NULL;
         enum err e = json_parse(json_string_value(given), json_string_length(given),
                                 &json_limits_request, &parsed);
-        if (e != ERR_OK)
-            return err_prefix(e == ERR_NOMEM ? e : ERR_INVALID, "%s.arguments", where);
+        if (e != ERR_OK) {
+            char why[256];
+            snprintf(why, sizeof(why), "%s", err_text(e));
+            return err_set(e == ERR_NOMEM ? e : ERR_INVALID, "%s.arguments: %s", where, why);
+        }
     } else {
         parsed = json_incref((json_t *)given);
     }

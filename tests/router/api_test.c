@@ -593,7 +593,13 @@ static char *joined(const json_t *events, int idx, const char *way)
 #define CHAT   "/v1/chat/completions"
 #define COMP   "/v1/completions"
 #define F_TOOL "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}],"
-#define HI     "\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]"
+#define NESTED "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[["
+#define CALLED(arguments, result)                                                                  \
+    "{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":[{\"id\":\"c\",\"type\":\"function\","  \
+    "\"function\":{\"name\":\"f\",\"arguments\":\"" arguments                                      \
+    "\"}}]},{\"role\":\"tool\",\"tool_call_id\":"                                                  \
+    "\"c\",\"content\":\"" result "\"}]}"
+#define HI "\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]"
 
 /* ---- tests ---- */
 
@@ -631,9 +637,18 @@ static void table_of_requests(void)
         {"POST", CHAT, "{\"n\":1,\"n\":2," HI "}", 400, "JSON"},
         {"POST", CHAT, "{\"a\":\"\xff\"}", 400, "JSON"},
         {"POST", CHAT, "\xef\xbb\xbf{}", 400, "JSON"},
-        {"POST", CHAT, "{\"a\":\"\\u0000\"}", 400, "JSON"},
+        {"POST", CHAT, "{\"\\u0000\":1}", 400, "JSON"},
         {"POST", CHAT, "{\"temperature\":1e999," HI "}", 400, "JSON"},
-        {"POST", CHAT, "{\"seed\":99999999999999999999," HI "}", 400, "JSON"},
+        {"POST", CHAT, "{\"seed\":99999999999999999999," HI "}", 400, "\"param\":\"seed\""},
+        {"POST", CHAT, "{\"max_tokens\":99999999999999999999," HI "}", 400,
+         "\"param\":\"max_tokens\""},
+        {"POST", COMP, "{\"prompt\":[99999999999999999999]}", 400, "\"param\":\"prompt\""},
+        {"POST", CHAT, "{\"metadata\":{\"id\":18446744073709551615}," HI "}", 200, ""},
+        // what tools found, and what a model called them with
+        {"POST", "/tokenize", "{\"text\":\"\\u0000\"}", 200, "\"count\":1"},
+        {"POST", CHAT, CALLED("{\\\"x\\\": 12345678901234567890}", "a\\u0000b"), 200, ""},
+        {"POST", CHAT, CALLED("{\\\"x\\\": \\\"\\\\u0000\\\"}", ""), 200, ""},
+        {"POST", CHAT, CALLED("{\\\"x\\\": " NESTED "}", ""), 400, "64 levels of nesting"},
         // messages
         {"POST", CHAT, "{" HI "}", 200, "chat.completion"},
         {"POST", CHAT, "{\"model\":\"org/demo\"," HI "}", 200, "chat.completion"},

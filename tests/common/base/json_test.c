@@ -41,9 +41,10 @@ static void bad_texts_are_refused(void)
                                       "\"\x01\"",
                                       "nul",
                                       "[1e400]",
-                                      "\"\\u0000\"",
                                       "\xef\xbb\xbf{}",
-                                      "[99999999999999999999]",
+                                      "[099999999999999999999]",
+                                      "[9999999999999999999x]",
+                                      "{\"\\u0000\": 1}",
                                       "\"\xed\xa0\x80\"",
                                       "[01]",
                                       "\""};
@@ -57,6 +58,36 @@ static void bad_texts_are_refused(void)
     json_t *root = NULL;
     CHECK_INT(json_parse("[1]\0[2]", 7, &json_limits_request, &root), ERR_INVALID);
     CHECK(!root);
+}
+
+/* Programs put into a conversation what they found in a file, and other languages' integers. */
+static void clients_may_say_what_jansson_refuses(void)
+{
+    static const struct {
+        const char *text, *want; // as Python would write it
+    } rows[] = {
+        {"9223372036854775807", "9223372036854775807"},
+        {"-9223372036854775808", "-9223372036854775808"},
+        {"9223372036854775808", "9.223372036854776e+18"},
+        {"[1, -9223372036854775809, 18446744073709551615]",
+         "[1, -9.223372036854776e+18, 1.8446744073709552e+19]"},
+        {"{\"99999999999999999999\": \"\\\"99999999999999999999\\\\\", \"b\": "
+         "99999999999999999999}",
+         "{\"99999999999999999999\": \"\\\"99999999999999999999\\\\\", \"b\": 1e+20}"},
+        {"[99999999999999999999.5, 99999999999999999999e2, 0.99999999999999999999]",
+         "[1e+20, 1e+22, 1.0]"},
+        {"\"a\\u0000b\"", "\"a\\u0000b\""},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        json_t *v = NULL;
+        CHECK_OK(json_parse(rows[i].text, strlen(rows[i].text), &json_limits_request, &v));
+        char *got = v ? json_dump_python(v) : NULL;
+        CHECK_STR(got, rows[i].want);
+        free(got);
+        json_decref(v);
+    }
+    CHECK_INT(parse("9223372036854775808", &tiny), ERR_INVALID); // our own files have none of it
+    CHECK_INT(parse("\"\\u0000\"", &tiny), ERR_INVALID);
 }
 
 static void limits_are_kept_and_named(void)
@@ -242,6 +273,7 @@ int main(void)
 {
     RUN(good_texts_are_parsed);
     RUN(bad_texts_are_refused);
+    RUN(clients_may_say_what_jansson_refuses);
     RUN(limits_are_kept_and_named);
     RUN(the_request_limits_bound_a_mebibyte_of_braces);
     RUN(members_are_typed);
