@@ -274,10 +274,11 @@ static void read_last_lines(struct child *c)
 
 static void exec_child(char **argv, const cpu_set_t *cpus, int out, pid_t launcher)
 {
+    for (int i = 1; i < NSIG; i++)
+        signal(i, SIG_DFL); // SIGKILL and SIGSTOP refuse
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
-    signal(SIGPIPE, SIG_DFL);
     unsetenv("NOTIFY_SOCKET"); // ours
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
@@ -313,9 +314,16 @@ static void start_child(struct child *c)
         OWNED_MEM char *port_file = plan_path(s->plan, "port");
         unlink(port_file);
     }
+    // Until it has taken our handlers off, a signal to the child would write into the pipe that our
+    // loop reads: we would take it for ours.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     pid_t launcher = getpid(), pid = fork();
     if (pid == 0)
         exec_child(argv, &c->proc->cpus, fds[1], launcher);
+    int fork_errno = errno;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     plan_free_argv(argv);
     close(fds[1]);
     uv_pipe_init(&s->loop, &o->pipe, 0);
@@ -324,7 +332,7 @@ static void start_child(struct child *c)
     c->outlet = o;
     uv_pipe_open(&o->pipe, fds[0]);
     if (pid < 0) {
-        say(s, LOG_ERROR, "process=%s cannot be started: %s", c->proc->name, strerror(errno));
+        say(s, LOG_ERROR, "process=%s cannot be started: %s", c->proc->name, strerror(fork_errno));
         uv_close((uv_handle_t *)&o->pipe, outlet_closed);
         restart_later(c);
         return;

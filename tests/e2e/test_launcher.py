@@ -130,3 +130,15 @@ def test_programs_missing(tmp_path):
 def test_programs_elsewhere(start):
     c = start(env={"BATON_BIN_DIR": str(BUILD)})
     assert c.get("/health")[0] == 200
+
+
+def test_signal_to_a_child_that_does_not_run_its_program_yet(tmp_path):
+    """A router that ends at once makes the launcher signal workers just forked; a signal that a child gets
+    before its exec is not one to the launcher."""
+    for name, script in (("router", "exit 2"), ("prefill", "exec sleep 60"), ("decode", "exec sleep 60")):
+        program = tmp_path / f"baton-{name}"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    for _ in range(20):
+        r = baton("serve", "--port", "0", "--prefill", "30", "--decode", "30", env={"BATON_BIN_DIR": str(tmp_path)})
+        assert r.returncode == 2 and "asked twice" not in r.stderr, r.stderr
