@@ -164,12 +164,14 @@ static enum err flags_from_argv(int argc, char **argv, json_t *cli)
             value = i + 1 < argc && strncmp(argv[i + 1], "--", 2) ? argv[++i] : "";
         } else if (takes_value) {
             if (++i == argc)
-                return err_set(ERR_INVALID, "--%s needs a value", key);
+                return err_set(ERR_INVALID, "%s needs a value", a);
             value = argv[i];
         } else if (i + 1 < argc &&
                    (!strcmp(argv[i + 1], "true") || !strcmp(argv[i + 1], "false"))) {
             value = argv[++i];
         }
+        OWNED_MEM char *shown = text("%.*s", eq ? (int)(eq - a) : (int)strlen(a), a);
+        TRY(config_check(key, value, shown));
         TRY(set_flag(cli, key, value));
     }
     return ERR_OK;
@@ -185,6 +187,14 @@ static char *value_text(const json_t *value)
     if (json_is_real(value))
         return text("%.17g", json_real_value(value));
     return json_is_boolean(value) ? text("%s", json_is_true(value) ? "true" : "false") : NULL;
+}
+
+/* whose: "decode-0: " or "". */
+static enum err check_in_file(const char *file, const char *whose, const char *name,
+                              const char *key, const char *value)
+{
+    OWNED_MEM char *shown = text("%s: %s%s", file, whose, name);
+    return config_check(key, value, shown);
 }
 
 /* --config FILE may hold settings of several processes, each of which would refuse the others'. So
@@ -218,11 +228,23 @@ static enum err flags_from_file(json_t *cli)
             e = err_set(ERR_INVALID, "%s: '%s' is not a setting of `baton serve`", path, name);
         else if (!s)
             e = err_set(ERR_INVALID, "%s: '%s' must be text, a number, true or false", path, name);
-        else if (!json_object_get(cli, key) && !getenv(variable))
+        else
+            e = check_in_file(path, "", name, key, s);
+        if (!e && !json_object_get(cli, key) && !getenv(variable))
             e = set_flag(cli, key, s);
     }
     json_decref(root);
     return e;
+}
+
+/* "--max-queued=10", as people write it. */
+static char *flag_text(const char *key, const char *value)
+{
+    char *flag = text("--%s=%s", key, value);
+    for (char *c = flag; *c != '='; c++)
+        if (*c == '_')
+            *c = '-';
+    return flag;
 }
 
 /* The launcher's own flags; those that nobody knows go along, so that config_parse refuses them in
@@ -242,7 +264,7 @@ static enum err launcher_config(struct plan *p, const json_t *cli)
         if (!strcmp(key, "help") || !strcmp(key, "version"))
             argv[argc++] = text("--%s", key);
         else if (!procs || procs & CONFIG_LAUNCHER)
-            argv[argc++] = text("--%s=%s", key, json_string_value(value));
+            argv[argc++] = flag_text(key, json_string_value(value));
     }
     return config_parse(CONFIG_LAUNCHER, argc, argv, &p->config);
 }
@@ -318,6 +340,8 @@ static enum err apply_object(struct plan_proc *q, const char *file, json_t *obje
         if (!s)
             return err_set(ERR_INVALID, "%s: %s: '%s' must be text, a number, true or false", file,
                            whose, flag);
+        OWNED_MEM char *prefix = text("%s: ", whose);
+        TRY(check_in_file(file, prefix, flag, key, s));
         if (procs & (int)q->role)
             TRY(set_flag(q->flags, key, s));
     }
@@ -445,9 +469,12 @@ static enum err make_run_dir(struct plan *p)
             p->made_run_dir = true;
         else if (errno != EEXIST)
             return err_set(ERR_IO, "--run-dir %s: %s", wanted, strerror(errno));
+        struct stat st;
         p->run_dir = realpath(wanted, NULL);
-        if (!p->run_dir)
+        if (!p->run_dir || stat(p->run_dir, &st))
             return err_set(ERR_IO, "--run-dir %s: %s", wanted, strerror(errno));
+        if (!S_ISDIR(st.st_mode))
+            return err_set(ERR_INVALID, "--run-dir %s: is not a directory", wanted);
         if (strlen(p->run_dir) > MAX_RUN_DIR)
             return err_set(ERR_INVALID,
                            "--run-dir %s is longer than %d characters: names of unix "

@@ -90,7 +90,7 @@ static const struct {
     {CONFIG_ROUTER, "baton-router", "takes HTTP requests and places them on workers"},
     {CONFIG_PREFILL, "baton-prefill", "computes prompts and hands their KV pages over"},
     {CONFIG_DECODE, "baton-decode", "generates tokens from handed-over KV pages"},
-    {CONFIG_LAUNCHER, "baton", "starts a router and its workers on this host"},
+    {CONFIG_LAUNCHER, "baton serve", "starts a router and its workers on this host"},
 };
 
 #define ALL_PROCS (CONFIG_ROUTER | CONFIG_PREFILL | CONFIG_DECODE | CONFIG_LAUNCHER)
@@ -455,6 +455,14 @@ int config_flag_procs(const char *flag, bool *takes_value)
     return is_tp ? ALL_PROCS : s ? s->procs : 0;
 }
 
+enum err config_check(const char *flag, const char *value, const char *shown)
+{
+    const char *name = strncmp(flag, "--", 2) ? flag : flag + 2;
+    const struct setting *s = setting_find(name, strlen(name));
+    struct config unused;
+    return s ? value_set(s, value, shown, &unused) : ERR_OK;
+}
+
 /* ---- showing --------------------------------------------------------------------------------- */
 
 static const char *value_text(const struct setting *s, const struct config *c, char *text, size_t n)
@@ -544,6 +552,9 @@ static void help_print(enum config_proc proc)
             if (settings[i].procs & (int)proc && (settings[i].procs == (int)proc) == own)
                 help_print_setting(&settings[i], &defaults);
     }
+    if (proc == CONFIG_LAUNCHER)
+        printf("\nWhat else a router or a worker takes can be given too, and is passed on: see\n"
+               "baton-router --help, baton-prefill --help, baton-decode --help.\n");
     printf("\nOther:\n"
            "  %-28s accepted for 1 only: a worker keeps the whole model on one device\n"
            "  %-28s print this\n"

@@ -44,6 +44,12 @@ MUST_CHECK enum err config_parse(enum config_proc proc, int argc, char **argv, s
  * unknown. *takes_value tells whether the next argument is its value. For the launcher. */
 int config_flag_procs(const char *flag, bool *takes_value);
 
+/* Would this value do for the setting "x" or "--x"? shown: how the sentence of ERR_INVALID calls
+ * it,
+ * "--port" or "cluster.json: port". Unknown settings pass: who owns a setting is another question.
+ */
+MUST_CHECK enum err config_check(const char *flag, const char *value, const char *shown);
+
 /* Logs "name=value (source)" for every setting of proc: what was set at info level, defaults at
  * debug. */
 void config_log(enum config_proc proc, const struct config *c);

@@ -17,7 +17,10 @@ def baton(*args, **kw):
 
 @pytest.mark.parametrize("args, names", [
     (["--bogus", "1"], "bogus"),
-    (["--mtp-step", "9"], "mtp_step"),
+    (["--mtp-steps", "2"], "--mtp-steps"),
+    (["--mtp-step", "9"], "--mtp-step is 9"),
+    (["--max-queued", "none"], "--max-queued is 'none'"),
+    (["--mem_fraction=2"], "--mem_fraction is 2"),
     (["--tp", "2"], "tp"),
     (["--port"], "port"),
     (["word"], "word"),
@@ -25,6 +28,7 @@ def baton(*args, **kw):
     (["--topology", "/nonexistent.json"], "/nonexistent.json"),
     (["--topology", "deploy/topologies/2p2d.json", "--decode", "3"], "--decode"),
     (["--run-dir", "/proc/nope"], "/proc/nope"),
+    (["--run-dir", "/dev/null"], "/dev/null"),
     (["--pin", "tight"], "pin"),
     (["--host", "no such host"], "host"),
 ])
@@ -39,6 +43,8 @@ def test_wrong_flags(args, names):
     ({"prefill": [{}], "decode": []}, "decode"),
     ({"prefill": [{}], "decode": [{"max_queued": 3}]}, "max_queued"),
     ({"prefill": [{"mtp_step": [1]}], "decode": [{}]}, "mtp_step"),
+    ({"prefill": [{}], "decode": [{}, {"mtp_step": 99}]}, "decode-1: mtp_step is 99"),
+    ({"prefill": [{}], "decode": [{}], "all": {"device": 3}}, "all: device is '3'"),
     ({"prefill": [{}], "decode": [{}], "workers": 3}, "workers"),
     ([], "object"),
 ])
@@ -76,6 +82,18 @@ def test_config_file(start, tmp_path):
     assert c.get("/v1/models")[2]["data"][0]["id"] == "from-file"
     cmdline = open(f"/proc/{c.pid('decode-0')}/cmdline").read()
     assert "--mtp_step=3" in cmdline and "max_queued" not in cmdline
+
+
+@pytest.mark.parametrize("setting, names", [
+    ({"port": "x"}, "port is 'x'"),
+    ({"max_queued": -1}, "max_queued is -1"),
+    ({"prot": 1}, "'prot'"),
+])
+def test_wrong_config_file(tmp_path, setting, names):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(setting))
+    r = baton("serve", "--config", file)
+    assert r.returncode == 2 and names in r.stderr and str(file) in r.stderr, r.stderr
 
 
 def test_admin(start):

@@ -73,10 +73,11 @@ static void wrong_flags_are_explained(void)
             "--request-timeout-s is nan, must be in 1 .. 86400 s");
     refused(CONFIG_ROUTER, "--request-timeout-s", "soon",
             "--request-timeout-s is 'soon', must be a number");
-    refused(CONFIG_ROUTER, "--mtp-step", "1",
-            "--mtp-step is a setting of baton-prefill, baton-decode, baton, not of baton-router");
+    refused(
+        CONFIG_ROUTER, "--mtp-step", "1",
+        "--mtp-step is a setting of baton-prefill, baton-decode, baton serve, not of baton-router");
     refused(CONFIG_DECODE, "--prefix-cache", "on",
-            "--prefix-cache is a setting of baton-prefill, baton, not of baton-decode");
+            "--prefix-cache is a setting of baton-prefill, baton serve, not of baton-decode");
     refused(CONFIG_DECODE, "--tp", "2",
             "--tp is '2', must be 1: a worker keeps the whole model on one device; scale with more "
             "workers");
@@ -177,7 +178,7 @@ static void wrong_files_are_explained(void)
     file_refused("{\"port\": 70000}", "port is 70000, must be in 0 .. 65535");
     file_refused("{\"log_level\": \"x\"}", "log_level is 'x', must be error, warn, info or debug");
     file_refused("{\"mtp_step\": 1}",
-                 "mtp_step is a setting of baton-prefill, baton-decode, baton, not of "
+                 "mtp_step is a setting of baton-prefill, baton-decode, baton serve, not of "
                  "baton-router");
     struct config c;
     CHECK_INT(PARSE(CONFIG_ROUTER, &c, "--config", "/nonexistent/x.json"), ERR_NOT_FOUND);
@@ -282,6 +283,14 @@ static void the_launcher_can_sort_flags(void)
     CHECK_INT(config_flag_procs("", &takes), 0);
 }
 
+static void the_launcher_can_check_values_of_others(void)
+{
+    CHECK_OK(config_check("max_queued", "7", "f.json: max_queued"));
+    CHECK_INT(config_check("--max-queued", "x", "f.json: max_queued"), ERR_INVALID);
+    CHECK_STR(err_text(ERR_INVALID), "f.json: max_queued is 'x', must be an integer");
+    CHECK_OK(config_check("nonsense", "x", "nonsense")); // config_flag_procs knows about those
+}
+
 int main(void)
 {
     RUN(defaults_come_from_the_table);
@@ -294,5 +303,6 @@ int main(void)
     RUN(help_lists_what_the_process_has);
     RUN(settings_are_logged_with_their_source);
     RUN(the_launcher_can_sort_flags);
+    RUN(the_launcher_can_check_values_of_others);
     return check_done();
 }
