@@ -413,9 +413,11 @@ static void child_gone(struct child *c, int status)
     bool clean = WIFEXITED(status) ? WEXITSTATUS(status) == 0 : WTERMSIG(status) == SIGTERM;
     if (s->phase <= SERVING) {
         say(s, LOG_WARN, "process=%s %s", c->proc->name, how);
-        // A router that ends by itself before anything worked: the port is taken, or the like.
-        bool first = !s->was_ready && c->proc->role == CONFIG_ROUTER;
-        if (WIFEXITED(status) && (WEXITSTATUS(status) == EXIT_SETTINGS || first))
+        // A router that ends by itself before anything worked: the port is taken, or the like. One
+        // that did work is started again whatever it says: a file that it misses may come back.
+        bool in_vain =
+            c->proc->role == CONFIG_ROUTER ? !s->was_ready : WEXITSTATUS(status) == EXIT_SETTINGS;
+        if (WIFEXITED(status) && in_vain)
             give_up(c, "cannot start");
         else
             restart_later(c);

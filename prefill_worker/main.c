@@ -82,7 +82,7 @@ int main(int argc, char **argv)
     enum err err = run(&config, &exit_code);
     if (err != ERR_OK) {
         log_error("start", "%s", err_text(err));
-        return setup_exit_code(err);
+        return err_exit_code(err);
     }
     return exit_code;
 }

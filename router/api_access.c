@@ -19,7 +19,8 @@ enum err api_access_open(struct api *a)
         return ERR_OK;
     struct access_limits defaults = {.concurrency = (uint32_t)c->api_key_concurrency,
                                      .tokens_per_minute = (uint64_t)c->api_key_tokens_per_minute};
-    return access_create(c->api_key_file, &defaults, &a->access);
+    enum err e = access_create(c->api_key_file, &defaults, &a->access);
+    return e == ERR_OK ? e : err_prefix(e, "--api-key-file");
 }
 
 enum err api_reload_keys(struct api *a, size_t *ret_n_keys)

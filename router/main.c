@@ -73,7 +73,7 @@ int main(int argc, char **argv)
     enum err e = config_parse(CONFIG_ROUTER, argc, argv, &r.config);
     if (e != ERR_OK) {
         log_error("main", "%s", err_text(e));
-        return 1;
+        return err_exit_code(e);
     }
     static const char *const levels[] = {"error", "warn", "info", "debug"};
     for (size_t i = 0; i < ARRAY_LEN(levels); i++)
@@ -86,7 +86,7 @@ int main(int argc, char **argv)
         e = start(&r);
     if (e != ERR_OK) {
         log_error("main", "%s", err_text(e));
-        return 1;
+        return err_exit_code(e);
     }
     uv_run(&r.loop, UV_RUN_DEFAULT);
     uv_close((uv_handle_t *)&r.watchdog, NULL);

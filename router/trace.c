@@ -37,7 +37,7 @@ static enum err file_open(const char *path, FILE **ret)
 {
     FILE *f = fopen(path, "ae");
     if (!f)
-        return err_set(ERR_IO, "trace_file %s: %s", path, strerror(errno));
+        return err_set(ERR_IO, "--trace-file %s: %s", path, strerror(errno));
     setvbuf(f, NULL, _IOFBF, BUFFER_BYTES);
     *ret = f;
     return ERR_OK;

@@ -492,7 +492,8 @@ static bool variable_known(const char *var, size_t n)
         return false;
     for (size_t i = 0; i < n; i++)
         name[i] = (char)tolower((unsigned char)var[i]);
-    return setting_find(name, n) || (n == 10 && !memcmp(name, "failpoints", n));
+    name[n] = '\0';
+    return setting_find(name, n) || !strcmp(name, "failpoints") || !strcmp(name, "module_dir");
 }
 
 void config_log(enum config_proc proc, const struct config *c)

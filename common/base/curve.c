@@ -206,7 +206,10 @@ enum err curve_keygen(const char *path, struct curve_pair *ret)
         return err_set(ERR_IO, "no key pair: %s", zmq_strerror(zmq_errno()));
     OWNED_FD fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
-        return err_set(ERR_IO, "%s: %s", path, strerror(errno));
+        return err_set(ERR_IO, "%s: %s", path,
+                       errno == EEXIST
+                           ? "is there already; a key is never written over: move it away"
+                           : strerror(errno));
     if (fchmod(fd, 0600) ||
         dprintf(fd, "public %s\nsecret %s\n", ret->public_key, ret->secret_key) < 0 || fsync(fd)) {
         int why = errno;
@@ -319,6 +322,12 @@ static enum err wants_keys(const char *endpoint, bool *ret)
             endpoint);
     *ret = list != NULL;
     return ERR_OK;
+}
+
+enum err curve_check(const char *endpoint)
+{
+    bool guarded;
+    return wants_keys(endpoint, &guarded);
 }
 
 static enum err set_keys(void *socket, bool server, const char *server_key)

@@ -37,6 +37,10 @@ MUST_CHECK enum err curve_keygen(const char *path, struct curve_pair *ret);
  * others can read, a line that is no key (by number). */
 MUST_CHECK enum err curve_load(const char *key_file, const char *allow_file, bool insecure);
 
+/* Could a socket of this process be guarded there? What curve_guard_* will say, before anything
+ * that takes long. ERR_INVALID: the endpoint needs keys and there are none. */
+MUST_CHECK enum err curve_check(const char *endpoint);
+
 /* To be called before bind or connect. ret_key: what lines must know of this hub, "" in clear. key:
  * that of the hub that a line connects to, which must be on the list; "" for the router's.
  * ERR_INVALID: the endpoint needs keys and there are none. context: ZeroMQ's, of this process. */

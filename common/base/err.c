@@ -52,3 +52,10 @@ const char *err_name(enum err code) { return table[code].name; }
 const char *err_meaning(enum err code) { return table[code].meaning; }
 int err_http(enum err code) { return table[code].http; }
 bool err_retryable(enum err code) { return table[code].retry; }
+
+int err_exit_code(enum err code)
+{
+    bool in_vain = code == ERR_INVALID || code == ERR_BAD_MODEL || code == ERR_NOT_FOUND ||
+                   code == ERR_MISMATCH;
+    return in_vain ? 2 : 1;
+}

@@ -63,6 +63,9 @@ const char *err_text(enum err code);
 const char *err_name(enum err code); /* "NO_PAGES" */
 const char *err_meaning(enum err code);
 int err_http(enum err code);
+/* What a process exits with that could not start: 2 where starting it again cannot help (settings,
+ * checkpoint), else 1. Launcher, systemd units and sbatch script go by it. */
+int err_exit_code(enum err code);
 bool err_retryable(enum err code);
 
 #endif

@@ -39,6 +39,11 @@ static enum err module_find(const char *name, void **ret)
     snprintf(path, sizeof(path), "%s/%s", named && named[0] ? named : here, name);
     if (access(path, F_OK))
         snprintf(path, sizeof(path), "%s/../common/engine/%s", here, name);
+    if (access(path, F_OK))
+        return err_set(ERR_INVALID,
+                       "%s is not part of this build: build where nvcc and NCCL are found "
+                       "(-Dcuda=enabled), or name its directory in BATON_MODULE_DIR",
+                       name);
     *ret = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     return *ret ? ERR_OK : err_set(ERR_INVALID, "%s cannot be loaded: %s", name, dlerror());
 }

@@ -46,6 +46,10 @@ enum err setup_process(enum config_proc proc, const char *default_name, int argc
     }
     config_log(proc, ret);
     err = curve_load(ret->curve_key_file, ret->curve_allow_file, ret->insecure_tcp);
+    if (err == ERR_OK)
+        err = curve_check(ret->router_endpoint);
+    if (err == ERR_OK)
+        err = curve_check(ret->peer_endpoint);
     if (err != ERR_OK)
         log_error("start", "%s", err_text(err));
     return err;
@@ -103,8 +107,9 @@ static enum err mock_model(const struct config *c, struct model_config *model, s
                            struct weights **ret)
 {
     s->mock = mock_costs_h100;
-    if (c->mock_costs[0])
-        TRY(mock_costs_load(c->mock_costs, &s->mock));
+    enum err e = c->mock_costs[0] ? mock_costs_load(c->mock_costs, &s->mock) : ERR_OK;
+    if (e != ERR_OK)
+        return err_prefix(e, "--mock-costs");
     model->n_layers = 1;
     log_info("load", "costs=%s a mock: tokens are made up and no weights are read",
              c->mock_costs[0] ? c->mock_costs : "H100");
@@ -247,11 +252,4 @@ void setup_hello(const struct config *c, const struct setup *s, const struct kv_
         .max_total_tokens = s->max_total_tokens,
     };
     snprintf(ret->name, sizeof(ret->name), "%s", c->name);
-}
-
-int setup_exit_code(enum err err)
-{
-    return err == ERR_INVALID || err == ERR_BAD_MODEL || err == ERR_NOT_FOUND || err == ERR_MISMATCH
-               ? 2
-               : 1;
 }

@@ -33,7 +33,5 @@ MUST_CHECK enum err setup_pool(const struct config *c, const struct setup *s,
 const struct mock_costs *setup_mock(const struct setup *s);
 void setup_hello(const struct config *c, const struct setup *s, const struct kv_pool *pool,
                  struct wire_hello *ret);
-/* 2: a setting or the checkpoint is wrong, restarting will not help; 1: anything else. */
-int setup_exit_code(enum err err);
 
 #endif

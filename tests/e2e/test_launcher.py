@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from cluster import BATON, BUILD, ROOT, SLOWER, wait
+from cluster import BATON, BUILD, DEMO_MODEL, ROOT, SLOWER, wait
 
 
 def baton(*args, **kw):
@@ -160,3 +160,20 @@ def test_signal_to_a_child_that_does_not_run_its_program_yet(tmp_path):
     for _ in range(20):
         r = baton("serve", "--port", "0", "--prefill", "30", "--decode", "30", env={"BATON_BIN_DIR": str(tmp_path)})
         assert r.returncode == 2 and "asked twice" not in r.stderr, r.stderr
+
+
+@pytest.mark.parametrize("program, args, says", [
+    ("router/baton-router", ["--max-queued", "x"], "--max-queued is 'x'"),
+    ("router/baton-router", ["--model-dir", "/nonexistent"], "/nonexistent"),
+    ("prefill_worker/baton-prefill", ["--model-dir", "/nonexistent"], "/nonexistent"),
+    ("prefill_worker/baton-prefill", ["--model-dir", DEMO_MODEL, "--router-endpoint", "tcp://192.0.2.1:7000"],
+     "--curve-key-file"),
+    ("decode_worker/baton-decode", ["--model-dir", DEMO_MODEL, "--peer-endpoint", "tcp://192.0.2.1:7001"],
+     "--curve-key-file"),
+    ("decode_worker/baton-decode", ["--model-dir", DEMO_MODEL, "--device", "mock", "--mock-costs", "/nonexistent"],
+     "--mock-costs: /nonexistent"),
+])
+def test_started_in_vain(program, args, says):
+    """Code 2 tells systemd and others not to try again; what is wrong is said before weights are read."""
+    r = subprocess.run([str(a) for a in (BUILD / program, *args)], capture_output=True, text=True, timeout=30)
+    assert r.returncode == 2 and says in r.stderr and " load " not in r.stderr, r.stderr

@@ -117,4 +117,4 @@ def test_command(arguments, code, says):
 def test_a_file_that_cannot_be(start):
     c = start("--trace-file", "/nonexistent/trace", wait=False)
     wait(lambda: c.process.poll() is not None or "/nonexistent/trace" in c.log(), 10, "the start fails", c.log)
-    assert "trace_file /nonexistent/trace: No such file" in c.log()
+    assert "--trace-file /nonexistent/trace: No such file" in c.log()
