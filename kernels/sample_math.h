@@ -24,7 +24,6 @@
 #define ADD64(x, y) ((x) + (y))
 #endif
 
-#define SAMPLE_ONE       0x1p44f   /* the weight of probability 1 relative to the best id's */
 #define SAMPLE_MAX_V     (1 << 19) /* ids whose weights fit a sum of 64 bits */
 #define SAMPLE_MAX_NOISE 22.9      /* above -log(-log(1 - 2^-33)) = 22.873 */
 #define SAMPLE_PER_UNIT  16        /* buckets per unit of log-probability */

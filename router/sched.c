@@ -68,7 +68,7 @@ struct req {
     uint64_t promise; // pages counted at d
     uint32_t avoid_d; // where the last attempt failed
     bool preempted;   // the last attempt ended so
-    uint64_t arrival_us, queued_us, attempt_us, placed_us, first_us, not_before_us;
+    uint64_t arrival_us, queued_us, attempt_us, first_us, not_before_us;
 
     uint32_t cancel_p, cancel_d, cancel_attempt; // still to be told, or SCHED_NONE
     bool fail;                                   // likewise
@@ -797,8 +797,6 @@ static bool place_from(struct sched *s, struct list *q, uint64_t now_us, bool *b
         r->state = SCHED_PREFILL;
         r->attempt_us = now_us;
         r->n_emitted_before = r->n_emitted;
-        if (!r->placed_us)
-            r->placed_us = now_us;
         if (!r->preempted)
             r->n_tries++;
         if (r->prefix_hash) {
@@ -828,8 +826,6 @@ static bool place(struct sched *s, uint64_t now_us, struct sched_action *ret)
 /* -- questions -- */
 
 enum sched_state sched_state(const struct sched *s, uint32_t i) { return s->reqs[i].state; }
-uint32_t sched_attempt(const struct sched *s, uint32_t i) { return s->reqs[i].attempt; }
-uint64_t sched_placed_us(const struct sched *s, uint32_t i) { return s->reqs[i].placed_us; }
 
 bool sched_holds(const struct sched *s, uint32_t i, uint32_t attempt, uint32_t worker)
 {

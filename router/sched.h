@@ -114,10 +114,8 @@ bool sched_next(struct sched *s, uint64_t now_us, struct sched_action *ret);
 /* Where a request stands. */
 enum sched_state { SCHED_FREE, SCHED_QUEUED, SCHED_PREFILL, SCHED_DECODE, SCHED_OVER };
 enum sched_state sched_state(const struct sched *s, uint32_t req);
-uint32_t sched_attempt(const struct sched *s, uint32_t req);
 /* Does this worker hold this attempt? If not, what it says about it is stale. */
 bool sched_holds(const struct sched *s, uint32_t req, uint32_t attempt, uint32_t worker);
-uint64_t sched_placed_us(const struct sched *s, uint32_t req); // of its first attempt; 0 = not yet
 
 struct sched_stats {
     uint32_t n_new, n_resume; // waiting

@@ -55,14 +55,6 @@ struct worker_entry *workers_by_name(struct workers *ws, const char *name)
     return NULL;
 }
 
-uint32_t workers_count(const struct workers *ws, enum wire_role role)
-{
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < ws->n; i++)
-        n += ws->at[i].present && ws->at[i].hello.role == role;
-    return n;
-}
-
 uint32_t workers_usable(const struct workers *ws, enum wire_role role)
 {
     uint32_t n = 0;

@@ -43,8 +43,7 @@ struct worker_entry *workers_by_peer(struct workers *ws, uint64_t peer);
 struct worker_entry *workers_by_instance(struct workers *ws, uint64_t instance);
 struct worker_entry *workers_by_name(struct workers *ws, const char *name);
 
-/* Present workers of a role; usable: active and not draining. */
-uint32_t workers_count(const struct workers *ws, enum wire_role role);
+/* Workers of a role that are present, active and not draining. */
 uint32_t workers_usable(const struct workers *ws, enum wire_role role);
 
 /* Takes a beat. Returns true if the worker has been busy without progress for longer than limit_us.
