@@ -63,13 +63,15 @@ enum {
     MAX_REQUESTS_PER_CONNECTION = 1000,
     MAX_SPARE = 32, /* output buffers that go round among the connections */
     SPARE_BYTES = 2048,
-    CHUNK_BYTES = 16 + 2 + 2, /* at most, around a chunk's data */
+    SMALL_BODY_BYTES = 64 * 1024, /* is read even if large ones hold all the memory */
+    CHUNK_BYTES = 16 + 2 + 2,     /* at most, around a chunk's data */
     TICK_MS = 250,
     BACKLOG = 4096,
 };
 
 const struct http_limits http_limits_default = {
     .max_body_bytes = 4u << 20,
+    .max_bodies_bytes = 512u << 20,
     .max_connections = 12000,
     .max_write_buffer = 256u << 10,
     .header_timeout_ms = 10000,
@@ -118,6 +120,7 @@ struct http_conn {
     size_t queue_seen;        /* libuv's queue at that time */
     size_t n_discarded;       /* in FLUSH and LINGER */
     struct http_parse *parse; /* in HEAD and BODY, and until the request callback returns */
+    size_t n_body_bytes;      /* what its body takes */
     struct http_exchange *x;
     struct bytes in, out;
     struct queued *sending;
@@ -148,7 +151,8 @@ struct http_server {
     size_t n_spare;
     size_t n_conns; /* not CLOSED */
     size_t n_exchanges;
-    size_t n_handles; /* of the server and all connections: the last one's close frees */
+    size_t n_body_bytes; /* of all connections */
+    size_t n_handles;    /* of the server and all connections: the last one's close frees */
     int port;
     bool draining, destroyed, listener_closed;
     bool accept_failed; /* out of memory at accept: the tick tries again */
@@ -559,10 +563,25 @@ static void conn_request_done(struct http_conn *c)
     c->in_handler = false;
 }
 
+static void conn_count_body(struct http_conn *c)
+{
+    size_t n = c->parse ? c->parse->body_cap : 0;
+    c->server->n_body_bytes += n - c->n_body_bytes;
+    c->n_body_bytes = n;
+}
+
 static void conn_parse_drop(struct http_conn *c)
 {
     http_parse_destroy(c->parse);
     c->parse = NULL;
+    conn_count_body(c);
+}
+
+/* Thousands of clients that each send a large body, slowly, must not take all memory. */
+static bool conn_body_fits(const struct http_conn *c)
+{
+    return c->n_body_bytes <= SMALL_BODY_BYTES ||
+           c->server->n_body_bytes <= c->server->limits.max_bodies_bytes;
 }
 
 /* Parses, and works on what is complete, until the input ends or a request stays in work. */
@@ -589,9 +608,12 @@ static void conn_feed(struct http_conn *c, const char *data, size_t n)
         enum http_parse_event event = http_parse_feed(c->parse, data, n, &used);
         data += used;
         n -= used;
-        if (event == HTTP_PARSE_MORE)
+        conn_count_body(c);
+        if (event == HTTP_PARSE_MORE && conn_body_fits(c))
             break;
-        if (event == HTTP_PARSE_HEADERS)
+        if (event == HTTP_PARSE_MORE)
+            conn_refuse(c, 503, "Too many large requests are being received.");
+        else if (event == HTTP_PARSE_HEADERS)
             conn_head_done(c);
         else if (event == HTTP_PARSE_DONE)
             conn_request_done(c);

@@ -19,6 +19,7 @@ struct http_exchange; /* one request and its answer */
 
 struct http_limits {
     size_t max_body_bytes;                /* 413 */
+    size_t max_bodies_bytes;              /* of all bodies on their way: 503 for large ones */
     size_t max_connections;               /* beyond it new ones are closed at accept */
     size_t max_write_buffer;              /* unread output per connection before it is cut off */
     uint64_t header_timeout_ms;           /* whole header block, 10 s: 408 */

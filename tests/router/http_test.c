@@ -1442,6 +1442,43 @@ static void connections_are_limited(void)
     server_stop();
 }
 
+/* What clients have sent of their bodies is bounded for all of them together; small requests go
+ * on. */
+static void bodies_are_limited_together(void)
+{
+    enum { N = 300000 };
+    static const char head[] = "POST /echo HTTP/1.1\r\n" H "Content-Length: 1000000\r\n\r\n";
+    struct answer a;
+    struct http_limits limits = test_limits();
+    limits.max_bodies_bytes = 1u << 20;
+    server_start(limits);
+    OWNED_MEM char *part = calloc(1, sizeof(head) + N), *rest = calloc(1, 1000000);
+    memcpy(part, head, strlen(head));
+    struct client *c[3];
+    for (int i = 0; i < 3; i++) {
+        c[i] = client_open();
+        client_send(c[i], part, strlen(head) + N); /* takes 512 KiB */
+    }
+    WAIT(c[0]->eof + c[1]->eof + c[2]->eof == 1); /* it depends on who is read first */
+    int refused = c[0]->eof ? 0 : c[1]->eof ? 1 : 2;
+    CHECK(answer_get(c[refused], 0, &a));
+    CHECK_INT(a.status, 503);
+    CHECK(answer_says(&a, "Retry-After: 1"));
+    expect_ok(client_open(), "POST /ok HTTP/1.1\r\n" H "Content-Length: 2\r\n\r\nab");
+    client_close(c[(refused + 1) % 3]);
+    WAIT(http_server_n_exchanges(server) == 1);
+    struct client *stays = c[(refused + 2) % 3];
+    client_send(stays, rest, 1000000 - N);
+    WAIT(answer_get(stays, 0, &a));
+    CHECK_INT(a.status, 200);
+    struct client *last = client_open(); /* all of it has been given back */
+    client_send(last, part, strlen(head) + N);
+    client_send(last, rest, 1000000 - N);
+    WAIT(answer_get(last, 0, &a));
+    CHECK_INT(a.status, 200);
+    server_stop();
+}
+
 static void descriptors_running_out_is_survived(void)
 {
     enum { N = 30 };
@@ -1540,6 +1577,7 @@ int main(void)
     RUN(destroy_cuts_without_callbacks);
     RUN(address_in_use_is_told);
     RUN(connections_are_limited);
+    RUN(bodies_are_limited_together);
     RUN(descriptors_running_out_is_survived);
     for (int i = 0; i < n_made; i++)
         free((char *)made_cases[i].data);
