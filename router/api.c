@@ -33,6 +33,7 @@
 #define SILENCE_US 10000000u
 #define TICK_MS    1000u
 #define KEEP_BYTES (1u << 20)
+#define WAIT_BYTES (512u << 20)
 
 enum { GET = 1, POST = 2 };
 
@@ -110,6 +111,7 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
         a->random = clock_wall_us() ^ (uint64_t)getpid() << 48;
     a->created_s = clock_wall_us() / 1000000u;
     a->silence_us = SILENCE_US;
+    a->max_pool_bytes = WAIT_BYTES;
     a->split_reasoning = strcmp(c->config->reasoning_parser, "none") != 0;
     a->parse_calls = strcmp(c->config->tool_call_parser, "none") != 0;
     a->call_end_id = tokenizer_added_id(c->tokenizer, "</tool_call>");
@@ -527,11 +529,16 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
         call->work.data = call;
         if (call->shape->generates && call_admit(call, 1) != ERR_OK) {
             call_fail(call);
+        } else if (a->pool_bytes + call->n_body > a->max_pool_bytes) {
+            (void)api_fail_err(&call->failure, err_set(ERR_BUSY, "too many large requests wait"),
+                               "");
+            call_fail(call);
         } else if (uv_queue_work(a->c.loop, &call->work, call_in_pool, call_after_pool) != 0) {
             (void)api_fail_err(&call->failure, err_set(ERR_NOMEM, "no memory for the request"), "");
             call_fail(call);
         } else {
             call->in_pool = true;
+            a->pool_bytes += call->n_body;
         }
         return;
     }
@@ -585,6 +592,7 @@ static void call_after_pool(uv_work_t *work, int status)
 {
     struct api_call *call = work->data;
     call->in_pool = false;
+    call->api->pool_bytes -= call->n_body;
     if (!call->x || call->state == CALL_ENDED || status == UV_ECANCELED) {
         call_release(call);
         return;

@@ -271,9 +271,10 @@ struct api {
     bool tick_closed, draining, destroyed;
     uint64_t random; /* state; ids and seeds are drawn from it */
     uint64_t created_s;
-    uint64_t silence_us;   /* a stream that says nothing for that long gets a comment */
-    int32_t call_end_id;   /* </tool_call>, -1: unknown */
-    struct access *access; /* NULL: everyone may use the server */
+    size_t pool_bytes, max_pool_bytes; /* of bodies in the pool or waiting for it */
+    uint64_t silence_us;               /* a stream that says nothing for that long gets a comment */
+    int32_t call_end_id;               /* </tool_call>, -1: unknown */
+    struct access *access;             /* NULL: everyone may use the server */
     bool log_access;
     bool split_reasoning, parse_calls, default_thinking;
     struct json_out line, scratch; /* reused by everything on the loop */

@@ -1488,8 +1488,16 @@ static void large_bodies_use_the_pool(void)
     CHECK_INT(asked.n_admits, 1);
     answer_finish(&a);
 
-    /* the client leaves while the pool works */
     script.admits = ERR_OK;
+    size_t before = api->max_pool_bytes; /* what waits for the pool is bounded */
+    api->max_pool_bytes = strlen(body) - 1;
+    a = ask("POST", "/tokenize", body);
+    CHECK_INT(a.status, 429);
+    CHECK_STR(header(&a, "Retry-After"), "1");
+    answer_finish(&a);
+    api->max_pool_bytes = before;
+
+    /* the client leaves while the pool works */
     for (int i = 0; i < 20; i++) {
         int fd = client_open();
         client_ask(fd, "POST", i % 2 ? COMP : "/tokenize", "", body, strlen(body));
@@ -1501,6 +1509,7 @@ static void large_bodies_use_the_pool(void)
     while (api_n_active(api) && clock_now_us() - start_us < 10000000u)
         uv_run(&loop, UV_RUN_NOWAIT);
     CHECK_INT(api_n_active(api), 0);
+    CHECK_INT(api->pool_bytes, 0);
     free(body);
 }
 
