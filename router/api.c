@@ -173,6 +173,7 @@ void api_destroy(struct api *a)
         /* call->failure may be the pool's at this moment */
         struct api_failure f = {0};
         (void)api_fail(&f, 503, "unavailable", "", "the server is shutting down");
+        f.retry_after_s = 1;
         call_fail_with(call, &f);
     }
 }

@@ -1997,6 +1997,7 @@ static void draining_and_destroying(void)
         close(fds[i]);
         a = parse_answer(&in[i]);
         CHECK_INT(a.status, i == 0 ? 200 : 503);
+        CHECK_STR(header(&a, "Retry-After"), i == 0 ? "" : "1");
         CHECK(a.clean == (i == 1));
         CHECK(strstr(a.body, "shutting down") != NULL);
         answer_finish(&a);
