@@ -7,7 +7,8 @@
  * 1. A process that dies is started again after 0.2 s, then 0.4 s ... 5 s. A worker that dies a
  *    fourth time within 5 minutes stays down; the router never does, all traffic needs it.
  * 2. Exit code 2 means "my settings are wrong": starting again would not help.
- * 3. Draining starts at the router, because only it knows when the last answer is out.
+ * 3. Draining starts at the router, because only it knows when the last answer is out. Until then
+ *    workers that die are started again: the answers that run go on there.
  * 4. Children are in process groups of their own, so that Ctrl-C reaches the launcher alone and
  * rule 3 holds; PR_SET_PDEATHSIG ends them if the launcher is killed.
  *
@@ -346,13 +347,14 @@ static void start_child(struct child *c)
 static void on_restart(uv_timer_t *h)
 {
     struct child *c = h->data;
-    if (c->s->phase > SERVING)
+    struct supervisor *s = c->s;
+    if (s->phase > DRAINING || (s->phase == DRAINING && c->proc->role == CONFIG_ROUTER))
         return;
     start_child(c);
-    if (c->pid) {
-        say(c->s, LOG_INFO, "process=%s pid=%d started again", c->proc->name, (int)c->pid);
-        probe_start(c->s->probe);
-    }
+    if (c->pid)
+        say(s, LOG_INFO, "process=%s pid=%d started again", c->proc->name, (int)c->pid);
+    if (c->pid && s->phase <= SERVING)
+        probe_start(s->probe);
 }
 
 /* Rule 1. */
@@ -410,13 +412,13 @@ static void child_gone(struct child *c, int status)
                  strsignal(WTERMSIG(status)));
     else
         snprintf(how, sizeof how, "code=%d exited", WEXITSTATUS(status));
+    bool router = c->proc->role == CONFIG_ROUTER;
     bool clean = WIFEXITED(status) ? WEXITSTATUS(status) == 0 : WTERMSIG(status) == SIGTERM;
-    if (s->phase <= SERVING) {
+    if (s->phase <= SERVING || (s->phase == DRAINING && !router)) {
         say(s, LOG_WARN, "process=%s %s", c->proc->name, how);
         // A router that ends by itself before anything worked: the port is taken, or the like. One
         // that did work is started again whatever it says: a file that it misses may come back.
-        bool in_vain =
-            c->proc->role == CONFIG_ROUTER ? !s->was_ready : WEXITSTATUS(status) == EXIT_SETTINGS;
+        bool in_vain = router ? !s->was_ready : WEXITSTATUS(status) == EXIT_SETTINGS;
         if (WIFEXITED(status) && in_vain)
             give_up(c, "cannot start");
         else
@@ -424,7 +426,7 @@ static void child_gone(struct child *c, int status)
     } else {
         say(s, clean ? LOG_DEBUG : LOG_WARN, "process=%s %s", c->proc->name, how);
     }
-    if (s->phase == DRAINING && c->proc->role == CONFIG_ROUTER)
+    if (s->phase == DRAINING && router)
         stop_workers(s);
     bool any = false;
     for (size_t i = 0; i < s->plan->n_procs; i++)

@@ -234,3 +234,23 @@ def test_drain(start):
     for name, pid in pids.items():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_worker_killed_while_draining(start):
+    """The answers that the drain waits for go on at the worker's next life."""
+    c = start("--mtp-step", 2)
+    want = reference(c)
+    c.broken = True  # it is gone at the end
+    pid = c.pid("decode-0")
+
+    def fault():
+        c.process.send_signal(signal.SIGTERM)
+        wait(lambda: "draining" in c.log(), 5, "it drains", c.log)
+        os.kill(pid, signal.SIGKILL)
+
+    answers, _ = under_load(c, fault, 100)
+    accepted = [i for i, a in enumerate(answers) if a.status == 200]
+    assert accepted
+    for i in accepted:
+        assert answers[i].error is None and answers[i].ids == want[i], answers[i].error
+    assert c.process.wait(20 * SLOWER) == 0, c.log()
