@@ -190,8 +190,11 @@ static int admin(int argc, char **argv)
     }
     char answer[65536];
     ssize_t got;
-    bool whole = false;
+    bool whole = false, first = true, refused = false;
     while (!whole && (got = recv(fd, answer, sizeof answer, 0)) > 0) {
+        if (first)
+            refused = got >= 8 && !memcmp(answer, "{\"error\"", 8);
+        first = false;
         fwrite(answer, 1, (size_t)got, stdout);
         whole = answer[got - 1] == '\n';
     }
@@ -200,5 +203,5 @@ static int admin(int argc, char **argv)
                 got < 0 ? strerror(errno) : "");
         return 1;
     }
-    return 0;
+    return refused;
 }

@@ -55,7 +55,7 @@ struct worker {
     struct link_hub *hub; // decode only
     struct peer *peers;
     struct admin *admin;
-    bool welcomed, quitting, hello_due;
+    bool welcomed, quitting;
     uint64_t hello_us;
     uint64_t epoch;
     int exit_code;

@@ -100,6 +100,9 @@ def test_admin(start):
     c = start()
     r = baton("admin", c.run_dir / "decode-0.admin", "accounting")
     assert r.returncode == 0 and json.loads(r.stdout)["pages"]["total"] > 0
+    for name in c.names:
+        r = baton("admin", c.run_dir / f"{name}.admin", "nonsense")
+        assert r.returncode == 1 and json.loads(r.stdout)["error"]
     r = baton("admin", c.run_dir / "nothing.admin", "accounting")
     assert r.returncode == 1 and r.stderr.count("\n") == 1
 
