@@ -1,10 +1,11 @@
 /* depth.h: how many drafts the next step makes (--mtp-step auto). Pure.
  *
- * A draft pays when the tokens that it is expected to add outweigh the time that it adds:
+ * A draft pays when the tokens that it is expected to add outweigh the time that it adds. Chosen is
+ * the k with the best E(k) / T(n, k):
  *
- *   tokens per sequence   E(k) = 1 + a0 + a0 a1 + ... (k terms)   aj: draft j is right if those
- * before time of a step        T(n, k), n sequences                    it were chosen the k with
- * the best E(k) / T(n, k)
+ *   E(k) = 1 + a0 + a0 a1 + ...   tokens per sequence; k terms of drafts
+ *   aj                            how often draft j is right if those before it were
+ *   T(n, k)                       time of a step of n sequences
  *
  * Few sequences leave the device idle, so rows are dear (each brings new experts) but a step is
  * short; from some 32 on rows are nearly free; at some hundred they cost again. Nothing of this is

@@ -415,7 +415,7 @@ static const struct {
 struct findings {
     int n_host, n_length, n_coding;
     struct span host, length, coding;
-    bool bad_host, not_only_chunked, encoded, odd_expect, repeated;
+    bool not_only_chunked, encoded, odd_expect, repeated;
     bool says_close, says_keep_alive;
     struct span text[ARRAY_LEN(text_fields)];
 };

@@ -1,8 +1,7 @@
 /* main.c: the router process: wires configuration, model files, cluster, API and HTTP together, and
  * takes them apart again.
  *
- *   RUNNING -SIGTERM, SIGINT, admin drain-> DRAINING -all answered, or time is up-> CLOSING -> exit
- * 0
+ *   RUNNING -SIGTERM, SIGINT, admin drain-> DRAINING -all answered, or time is up-> CLOSING -> end
  *
  * In DRAINING nothing new is accepted and running answers go on; what is left when drain_timeout_s
  * has passed is cut with an error. In CLOSING the last bytes get a moment to leave. A second signal
