@@ -23,6 +23,7 @@ struct kv_nccl_options kv_nccl_default(void);
 /* For pairs made from now on. ERR_INVALID names the option that is out of range. */
 MUST_CHECK enum err kv_nccl_configure(const struct kv_nccl_options *o);
 
+/* As kv_pair_listen and kv_pair_connect. */
 MUST_CHECK enum err kv_nccl_listen(const struct kv_pair_config *c, const char *host,
                                    char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret);
 MUST_CHECK enum err kv_nccl_connect(const struct kv_pair_config *c, const char *address,

@@ -101,7 +101,7 @@ enum err kv_stream_receive(struct kv_pair *p, const struct kv_stream_kind *k, in
 MUST_CHECK enum err kv_stream_read(struct kv_pair *p, int fd, void *ret, size_t n);
 MUST_CHECK enum err kv_stream_write(struct kv_pair *p, int fd, const void *bytes, size_t n);
 
-/* ---- the kinds ---- */
+/* ---- the kinds: kv_pair_listen and kv_pair_connect of each, whose promises are theirs ---- */
 
 MUST_CHECK enum err kv_shm_listen(const struct kv_pair_config *c, const char *peer_pool,
                                   char ret_address[WIRE_MAX_ADDRESS], struct kv_pair **ret);

@@ -39,6 +39,10 @@ struct kv_counts {
     uint32_t total, free, reserved, in_flight, live, cached;
 };
 
+/* All pages are free. c is copied; its device must outlive the pool. A name left by a dead process
+ * is taken over. ERR_INVALID: no pages, a shape that no memory holds, a name that is none.
+ * ERR_NOMEM (of a device ERR_CUDA too): the memory is not to be had. ERR_IO: the name is a living
+ * process's. */
 MUST_CHECK enum err kv_pool_create(const struct kv_pool_config *c, struct kv_pool **ret);
 void kv_pool_destroy(struct kv_pool *p);
 DEFINE_OWNED(kv_pool)

@@ -61,6 +61,20 @@ static const struct row *find_row(const char *flag, size_t n)
     return NULL;
 }
 
+struct flag {
+    char text[64];
+};
+
+/* "--num-prompts", as people write it. */
+static struct flag flag_of(const struct row *r)
+{
+    struct flag f;
+    snprintf(f.text, sizeof(f.text), "--%s", r->name);
+    for (char *p = f.text; *p; p++)
+        *p = *p == '_' ? '-' : *p;
+    return f;
+}
+
 static enum err set_value(struct options *o, const struct row *r, const char *value)
 {
     void *at = (char *)o + r->at;
@@ -81,8 +95,9 @@ static enum err set_value(struct options *o, const struct row *r, const char *va
         *(double *)at = real;
     }
     if (!good)
-        return err_set(ERR_INVALID, "--%s is '%s', must be %s between %.15g and %.15g", r->name,
-                       value, r->type == INTEGER ? "a whole number" : "a number", r->min, r->max);
+        return err_set(ERR_INVALID, "%s is '%s', must be %s between %.15g and %.15g",
+                       flag_of(r).text, value, r->type == INTEGER ? "a whole number" : "a number",
+                       r->min, r->max);
     return ERR_OK;
 }
 
@@ -237,11 +252,7 @@ static void help(void)
          "\nflags:");
     for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
         const struct row *r = &rows[i];
-        char flag[64];
-        snprintf(flag, sizeof(flag), "--%s", r->name);
-        for (char *p = flag; *p; p++)
-            *p = *p == '_' ? '-' : *p;
-        printf("  %-20s %s", flag, r->help);
+        printf("  %-20s %s", flag_of(r).text, r->help);
         if (r->text[0])
             printf("%s[%s%s%s]", r->help[0] ? " " : "", r->text, r->unit[0] ? " " : "", r->unit);
         putchar('\n');
