@@ -576,11 +576,32 @@ enum err api_call_parse(struct api_call *call)
     return ERR_OK;
 }
 
+/* A large tree takes the loop's time to free: what nobody looks at any more goes in the pool. Of a
+ * call that runs, stop strings are still pointed to. */
+static void call_strip(struct api_call *call, bool runs)
+{
+    const char *key;
+    json_t *value;
+    void *next;
+    if (!json_is_object(call->json))
+        json_decref(take(&call->json));
+    json_object_foreach_safe(call->json, next, key, value)
+    {
+        bool large = json_is_array(value) || json_is_object(value);
+        bool stop = !strcmp(key, "stop") || !strcmp(key, "stop_sequences");
+        if (large && !(runs && (stop || !strcmp(key, "parameters"))))
+            json_object_del(call->json, key);
+    }
+}
+
 /* In the pool: touches nothing but the call and what never changes. */
 static enum err call_prepare(struct api_call *call)
 {
-    TRY(api_call_parse(call));
-    return call->shape->encode(call);
+    enum err e = api_call_parse(call);
+    if (e == ERR_OK)
+        e = call->shape->encode(call);
+    call_strip(call, e == ERR_OK);
+    return e;
 }
 
 static void call_in_pool(uv_work_t *work)

@@ -168,24 +168,24 @@ static enum err tokenize_parse(struct api_call *call, const json_t *body)
     return ERR_OK;
 }
 
+/* The answer is written here and not on the loop: it may have millions of ids. */
 static enum err tokenize_encode(struct api_call *call)
 {
-    return call->prompts[0].text ? api_prompts_encode(call) : api_chat_encode(call);
-}
-
-static void tokenize_answer(struct api_call *call)
-{
-    struct json_out *o = &call->api->line;
+    TRY(call->prompts[0].text ? api_prompts_encode(call) : api_chat_encode(call));
+    struct json_out *o = &call->head;
     const struct ids *ids = &call->prompts[0].ids;
-    o->len = 0;
-    o->failed = false;
     out_raw(o, "{\"tokens\":[");
-    for (size_t i = 0; i < ids->len; i++)
-        json_out_fmt(o, i ? ",%d" : "%d", ids->data[i]);
+    for (size_t i = 0; i < ids->len; i++) {
+        if (i)
+            out_raw(o, ",");
+        out_uint(o, (uint32_t)ids->data[i]);
+    }
     json_out_fmt(o, "],\"count\":%zu,\"ntokens\":%zu,\"max_model_len\":%u}", ids->len, ids->len,
                  call->model.max_total_tokens);
-    api_call_reply(call, o);
+    return ERR_OK;
 }
+
+static void tokenize_answer(struct api_call *call) { api_call_reply(call, &call->head); }
 
 const struct api_shape api_shape_tokenize = {
     .parse = tokenize_parse,
