@@ -26,6 +26,7 @@
 static enum err flags_from_argv(int argc, char **argv, json_t *cli);
 static enum err flags_from_file(json_t *cli);
 static enum err launcher_config(struct plan *p, const json_t *cli);
+static enum err check_ready_file(const struct plan *p);
 static enum err make_run_dir(struct plan *p);
 static enum err procs_from_counts(struct plan *p, const json_t *cli);
 static enum err procs_from_topology(struct plan *p, const json_t *cli);
@@ -52,6 +53,8 @@ enum err plan_create(int argc, char **argv, struct plan **ret)
     if (!e)
         e = p->config.topology[0] ? procs_from_topology(p, cli) : procs_from_counts(p, cli);
     unsetenv("BATON_BIN_DIR"); // ours alone; the children would wonder about it
+    if (!e)
+        e = check_ready_file(p);
     if (!e)
         e = make_run_dir(p);
     if (!e)
@@ -490,6 +493,18 @@ static enum err make_run_dir(struct plan *p)
         return err_set(ERR_IO, "%s: %s", path, strerror(errno));
     p->run_dir = take(&path);
     p->made_run_dir = true;
+    return ERR_OK;
+}
+
+/* Whoever waits for the file would wait for ever if it could not be written once all is up. */
+static enum err check_ready_file(const struct plan *p)
+{
+    const char *path = p->config.ready_file, *slash = strrchr(path, '/');
+    if (!path[0])
+        return ERR_OK;
+    OWNED_MEM char *dir = text("%.*s", slash > path ? (int)(slash - path) : 1, slash ? path : ".");
+    if (access(dir, W_OK | X_OK) != 0)
+        return err_set(ERR_IO, "--ready-file %s: %s: %s", path, dir, strerror(errno));
     return ERR_OK;
 }
 

@@ -29,6 +29,7 @@ def baton(*args, **kw):
     (["--topology", "deploy/topologies/2p2d.json", "--decode", "3"], "--decode"),
     (["--run-dir", "/proc/nope"], "/proc/nope"),
     (["--run-dir", "/dev/null"], "/dev/null"),
+    (["--ready-file", "/nonexistent/url"], "/nonexistent/url"),
     (["--pin", "tight"], "pin"),
     (["--host", "no such host"], "host"),
 ])
