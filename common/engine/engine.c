@@ -113,9 +113,13 @@ enum err engine_sample(struct engine *e, int n, const int32_t *idx, const struct
     assert(!e->started);
     if (n > e->config.max_logits)
         return err_set(ERR_INVALID, "%d draws, the engine makes %d", n, e->config.max_logits);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         if (idx[i] < 0 || idx[i] >= e->n_logits)
             return err_set(ERR_INVALID, "logits row %d of %d", idx[i], e->n_logits);
+        if (rows[i].n_ahead < 0 || rows[i].n_ahead > SAMPLE_MAX_AHEAD)
+            return err_set(ERR_INVALID, "a draw %d drafts into its window, at most %d",
+                           rows[i].n_ahead, SAMPLE_MAX_AHEAD);
+    }
     return e->ops->sample(e, n, idx, rows, max_top, ret_ids, ret_logprob, ret_top_id,
                           ret_top_logprob);
 }

@@ -579,6 +579,9 @@ static void draws_are_by_row(void)
                                       .n_logprobs = i % 2 ? TOP : -1};
     }
     CHECK_OK(engine_sample(e.engine, N, idx, rows, TOP, id, logprob, top_id, top_logprob));
+    struct sample_row far = rows[0];
+    far.n_ahead = SAMPLE_MAX_AHEAD + 1;
+    CHECK_INT(engine_sample(e.engine, 1, idx, &far, 0, id, NULL, NULL, NULL), ERR_INVALID);
     for (int i = 0; i < N; i++) {
         int32_t one, tops[TOP];
         float lp, top_lp[TOP];
