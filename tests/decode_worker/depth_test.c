@@ -48,7 +48,7 @@ static struct outcome run(const struct world *w, int n_steps, int fixed)
     memset(seen, 0, sizeof(seen));
     double ms = 0, tokens = 0, sum_k = 0;
     for (int i = 0; i < n_steps; i++) {
-        uint32_t n = w->n_from + (uint32_t)((double)(w->n_to - (double)w->n_from) * i / n_steps);
+        uint32_t n = (uint32_t)(w->n_from + ((double)w->n_to - w->n_from) * i / n_steps);
         uint32_t k = fixed < 0 ? depth_choose(&d, n) : (uint32_t)fixed;
         CHECK(k <= MAX_K);
         double took = step_ms(w, n, k) * (0.95 + 0.1 * uniform());
