@@ -329,7 +329,7 @@ static enum err mask_inside(struct matcher *m, uint32_t s, uint32_t chars, bool 
         TRY(tails_of(m, m->way[k], &m->key[n++]));
     TRY(list_get(m, m->key, n, &l));
     if (!m->lists[l].mask) {
-        uint32_t *mask;
+        uint32_t *mask = NULL;
         TRY(mask_create(m, &mask));
         memcpy(mask, v->plain + (size_t)length * v->n_words, v->n_words * sizeof(*mask));
         add_tails(m, m->key + 2, n_tails, endless, mask);
@@ -348,7 +348,7 @@ enum err matcher_mask(struct matcher *m, struct grammar_state s, const uint32_t 
         const uint32_t *mask;
         TRY(way_along(m, s.at, &chars, &last));
         if (last == NOT_UNIFORM) {
-            uint32_t *fresh;
+            uint32_t *fresh = NULL;
             TRY(mask_create(m, &fresh));
             TRY(walk_all(m, s.at, fresh));
             add_symbols(m, symbols_of(m, s.at), fresh);

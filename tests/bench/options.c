@@ -171,7 +171,7 @@ static enum err choose(const char *flag, const char *value, const char *const *w
 static enum err read_switch(const char *flag, const char *value, bool *ret)
 {
     static const char *const words[] = {"off", "on"};
-    int at;
+    int at = 0;
     TRY(choose(flag, value, words, 2, &at));
     *ret = at == 1;
     return ERR_OK;
@@ -206,7 +206,7 @@ static enum err resolve(struct options *o)
     static const char *const arrivals[] = {"at-once", "poisson", "constant", "recorded"};
     static const char *const forms[] = {"text", "ids", "fit", "auto"};
     static const char *const progress[] = {"on", "off", "auto"};
-    int at;
+    int at = 0;
     TRY(choose("endpoint", o->endpoint, endpoints, 3, &at));
     o->endpoint_kind = (enum endpoint)at;
     o->synthetic = !strcmp(o->data, "synthetic");
