@@ -66,6 +66,8 @@ static void goldens_open(void)
     for (int i = 0; i < n_cases; i++)
         if (cases[i].n_prompt <= 64 || (cases[i].n_prompt < 300 && n_long++ == 0))
             cases[n_kept++] = cases[i];
+        else
+            free(cases[i].seq);
     n_cases = n_kept;
 }
 
