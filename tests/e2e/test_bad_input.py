@@ -86,6 +86,8 @@ def test_longer_than_the_context(cluster):
     status, _, answer = cluster.post("/v1/completions", {"model": "demo-model", "prompt": [32] * 4000,
                                                          "max_tokens": 97})
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
+    if SLOWER > 1:  # the next takes a sanitized build most of a minute
+        return
     status, _, answer = cluster.post("/v1/completions", {"model": "demo-model", "prompt": [32] * 4000,
                                                          "max_tokens": 2, "ignore_eos": True})
     assert status == 200 and answer["usage"]["completion_tokens"] == 2, answer

@@ -7,7 +7,7 @@ import time
 
 from cluster import SLOWER, stream
 
-N = 300
+N = 300 if SLOWER == 1 else 100  # sanitized builds have to end, too
 SEED = 20
 
 
@@ -16,7 +16,7 @@ def body(i):
             "ignore_eos": True, "prompt": f"[gMASK]<sop><|user|>Tell me a story about a fox. {i}<|assistant|></think>"}
 
 
-def test_half_of_300_leave(start):
+def test_half_of_many_leave(start):
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     cluster = start("--mtp-step", "2", "--max-total-token-num", "131072")
