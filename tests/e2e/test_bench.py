@@ -180,17 +180,20 @@ class WatchingProxy:
 def agree(ours, theirs):
     """Within 5 %, and what it takes the kernel to wake the other process."""
     for key, values in theirs.items():
-        slack_ms = (3 if key in ("ttft", "e2el") else 0.3) * SLOWER
+        slack_ms = (8 if key in ("ttft", "e2el") else 1) * SLOWER
         for name, value in (("mean", statistics.mean(values)), ("p50", quantile(values, 50))):
             assert ours[f"{name}_{key}_ms"] == pytest.approx(value, rel=0.05, abs=slack_ms), (key, name)
 
 
-def test_figures_agree_on_the_same_streams(cluster, tmp_path):
-    proxy = WatchingProxy(cluster.port)
+def test_figures_agree_on_the_same_streams(start, tmp_path):
+    # Workers that wait instead of computing, with steps that are long beside a late wakeup on a busy machine.
+    costs = tmp_path / "costs.json"
+    costs.write_text('{"decode_ms": [[1, 40]], "prefill_chunk_ms": 60}')
+    proxy = WatchingProxy(start("--device", "mock", "--mock-costs", costs).port)
     with Thread(proxy.start) as t:
-        run = measured(t.url, tmp_path, "--num-prompts", 40, "--max-concurrency", 4, "--input-len", 60,
-                       "--output-len", 50, "--progress", "off")
-    assert run["summary"]["failed"] == 0 and len(proxy.requests) == 40
+        run = measured(t.url, tmp_path, "--num-prompts", 24, "--max-concurrency", 4, "--input-len", 60,
+                       "--output-len", 16, "--progress", "off")
+    assert run["summary"]["failed"] == 0 and len(proxy.requests) == 24
     agree(run["summary"], figures(proxy.requests))
     span_s = (max(r["end_us"] for r in proxy.requests) - min(r["sent_us"] for r in proxy.requests)) / 1e6
     tokens = sum(r["output_tokens"] for r in proxy.requests)
