@@ -278,14 +278,11 @@ static enum http_parse_event request_line_check(struct http_parse *p)
     if (version[5] == '0' || version[7] > '1')
         return refuse(p, 400, "Only HTTP/1.0 and HTTP/1.1 are supported.");
     p->http10 = version[7] == '0';
-    if ((method.n == 7 && !memcmp(line, "CONNECT", 7)) ||
-        (method.n == 5 && !memcmp(line, "TRACE", 5)))
-        return refuse(p, 405, "This method is not allowed.");
     bool known = false;
     for (size_t i = 0; i < ARRAY_LEN(methods) && !known; i++)
         known = method.n == strlen(methods[i]) && !memcmp(line, methods[i], method.n);
     if (!known)
-        return refuse(p, 501, "This method is not implemented.");
+        return refuse(p, 405, "This method is not allowed.");
     p->is_head = method.n == 4 && line[0] == 'H';
 
     struct span target = target_of(p), path, query;

@@ -440,9 +440,9 @@ static const struct raw_case raw_cases[] = {
     RAW("OPTIONS * with body", "OPTIONS * HTTP/1.1\r\n" H "Content-Length: 3\r\n\r\nabc", 204,
         false),
     GOOD("OPTIONS of a path", "OPTIONS /ok HTTP/1.1\r\n" H "\r\n"),
-    RAW("unknown method", "BREW /ok HTTP/1.1\r\n" H "\r\n", 501, true),
-    RAW("lower-case method", "get /ok HTTP/1.1\r\n" H "\r\n", 501, true),
-    RAW("RTSP method", "DESCRIBE /ok HTTP/1.1\r\n" H "\r\n", 501, true),
+    RAW("unknown method", "BREW /ok HTTP/1.1\r\n" H "\r\n", 405, true),
+    RAW("lower-case method", "get /ok HTTP/1.1\r\n" H "\r\n", 405, true),
+    RAW("RTSP method", "DESCRIBE /ok HTTP/1.1\r\n" H "\r\n", 405, true),
     BAD("method with bad character", "G@T /ok HTTP/1.1\r\n" H "\r\n"),
     /* framing */
     BAD("CL and TE", "POST /echo HTTP/1.1\r\n" H
