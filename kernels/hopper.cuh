@@ -247,6 +247,23 @@ __device__ __forceinline__ void stmatrix_x2_trans(uint32_t dst, uint32_t m0, uin
                  : "memory");
 }
 
+/* Column maxima of an 8-row fragment's lanes that hold the same columns: l, l ^ 4, l ^ 8, l ^ 16. */
+__device__ __forceinline__ float column_max(float v)
+{
+#pragma unroll
+    for (int o = 4; o < 32; o *= 2)
+        v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+    return v;
+}
+
+__device__ __forceinline__ float column_sum(float v)
+{
+#pragma unroll
+    for (int o = 4; o < 32; o *= 2)
+        v += __shfl_xor_sync(~0u, v, o);
+    return v;
+}
+
 /* ---- pairs, quads ---- */
 
 __device__ __forceinline__ uint32_t bf16_pair(float lo, float hi)
@@ -354,6 +371,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
 
 WGMMA(8, R4(0, 1, 2, 3), 4, 5, 6, D4(0))
 WGMMA(16, R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7), 8, 9, 10, D8(0))
+WGMMA(24, R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7) ", " R4(8, 9, 10, 11), 12, 13, 14, D8(0), D4(8))
 WGMMA(32, R16_0, 16, 17, 18, D16(0))
 WGMMA(64, R16_01, 32, 33, 34, D16(0), D16(16))
 WGMMA(96, R16_01 ", " R16_2, 48, 49, 50, D16(0), D16(16), D16(32))
@@ -393,6 +411,15 @@ __device__ __forceinline__ void wgmma_turned(float (&d)[128], const uint32_t *a,
                  "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
                  : D64(0), D64(64)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* d[64, 24] (+)= a[16, 64]^T b[24, 16]^T, a with its 64 columns contiguous (wgmma_desc_turned), b K-major. */
+__device__ __forceinline__ void wgmma_turned_a(float (&d)[12], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {" R4(0, 1, 2, 3) ", "
+                 R4(4, 5, 6, 7) ", " R4(8, 9, 10, 11) "}, %12, %13, 1, 1, 1, 1, 0;\n"
+                 : D8(0), D4(8)
+                 : "l"(a), "l"(b));
 }
 
 #undef SUMS_256

@@ -3,10 +3,10 @@
  * A sequence's rows (query positions x heads) share one key-value head, so up to 64 of them are one
  * tensor-core tile and its KV is read once for all: 1,152 bytes per slot and layer, which is the floor.
  *
- * Grid: (tiles of 64 rows, groups). The pages of all sequences, laid end to end, are cut on the device
- * into one equal stretch per group, so any mix of contexts fills the machine. A stretch may begin or
- * end inside a sequence; then each group that holds a part leaves an unnormalised sum with its row
- * maxima and row sums in `work`, and the last to arrive, found by a counter, adds the parts in order.
+ * Grid: (tiles of 64 rows, groups); mla_pages.cuh deals the pages to groups. Where many sequences have so few
+ * rows that most of a tile would be for nobody, mla_narrow.cu does it. Tried for the item of two parts: the last
+ * group keeps its own in registers, as there. Of mixed contexts 256 x 3 rows then take 79 us and not 84, but
+ * more code makes every launch of a step slower, where it is cold: 24.3 ms and not 23.8 for 256 x 2 rows.
  *
  * Block: one warp copies (a page's 64 x 576 layer slice is one tensor copy, 72 KB, two stages); two
  * warpgroups multiply. Each takes the scores of half the page's slots, they exchange row maxima, write
@@ -20,27 +20,19 @@
 #include "kernels/cuda.h"
 #include "kernels/hopper.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/mla_pages.cuh"
 
 using namespace hopper;
+using namespace mla_pages;
 
-#define WIDTH       576
-#define LATENT      512
-#define PAGE        64
 #define ROWS        64
-#define TILE_BYTES  (64 * WIDTH * 2)
-#define BLOCK_BYTES (64 * 128) /* 64 rows x 64 columns */
 #define STAGES      2
 #define CONSUMERS   256
 #define THREADS     (CONSUMERS + 128) /* registers are dealt to warpgroups: a whole one for one copying warp */
 #define MAX_TILES   8
-#define BATCH       3 /* combine: groups of 8 rows at a time */
+#define NARROW_FROM 160 /* sequences: fewer are cut into more parts among twice as many groups */
+#define BATCH       3   /* combine: groups of 8 rows at a time */
 #define PART_FLOATS (ROWS * LATENT + 2 * ROWS)
-#ifndef PARTS_PER_PAGE
-#define PARTS_PER_PAGE 6
-#endif
-#ifndef MIN_PAGES
-#define MIN_PAGES 2 /* shortest stretch worth a group of its own */
-#endif
 
 namespace {
 
@@ -62,54 +54,6 @@ struct Params {
     float scale_log2;
 };
 
-__device__ __forceinline__ int pages_of(int n) { return n > 0 ? (n + PAGE - 1) / PAGE : 0; }
-
-/* This group's stretch [begin, end) of the pages of all sequences, and the sequence that holds `begin`
- * with the number of pages before it. One warp's work, same result in all lanes. */
-struct Stretch {
-    int begin, end, share, s, base;
-};
-
-__device__ __forceinline__ Stretch stretch_find(const int32_t *n_ctx, int S, int group, int n_groups)
-{
-    int lane = threadIdx.x % 32, total = 0, longest = 0;
-    for (int s = lane; s < S; s += 32) {
-        int n = pages_of(n_ctx[s]);
-        total += n;
-        longest = max(longest, n);
-    }
-#pragma unroll
-    for (int o = 16; o; o >>= 1) {
-        total += __shfl_xor_sync(~0u, total, o);
-        longest = max(longest, __shfl_xor_sync(~0u, longest, o));
-    }
-    Stretch r;
-    // adding up one part costs about a sixth of a page, and one block adds all of an item
-    int worth = max((int)ceilf(sqrtf((float)longest / PARTS_PER_PAGE)), MIN_PAGES);
-    r.share = max((total + n_groups - 1) / n_groups, worth);
-    r.begin = min(group * r.share, total);
-    r.end = min(r.begin + r.share, total);
-    r.s = S;
-    r.base = 0;
-    for (int s0 = 0; s0 < S && r.begin < r.end; s0 += 32) {
-        int n = s0 + lane < S ? pages_of(n_ctx[s0 + lane]) : 0, sum = n;
-#pragma unroll
-        for (int o = 1; o < 32; o <<= 1) {
-            int below = __shfl_up_sync(~0u, sum, o);
-            sum += lane >= o ? below : 0;
-        }
-        unsigned past = __ballot_sync(~0u, r.base + sum > r.begin);
-        if (past) {
-            int found = __ffs(past) - 1;
-            r.s = s0 + found;
-            r.base += __shfl_sync(~0u, sum - n, found);
-            return r;
-        }
-        r.base += __shfl_sync(~0u, sum, 31);
-    }
-    return r;
-}
-
 __device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUtensorMap *kv_map,
                                            const Params &p, Smem *sm, Stretch w)
 {
@@ -119,6 +63,7 @@ __device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUten
         int n = pages_of(p.n_ctx[w.s]), stop = min(n, w.end - w.base);
         const int32_t *table = p.block_table + (int64_t)w.s * p.max_pages;
         int ids = 0;
+#pragma unroll 1
         for (int i = u - w.base, k = 0; i < stop; i++, k++, it++) {
             if (k % 32 == 0)
                 ids = i + lane < stop ? table[i + lane] : 0;
@@ -144,15 +89,9 @@ __device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUten
     }
 }
 
-__device__ __forceinline__ float *part_of(const Params &p, int group, int which)
+__device__ __forceinline__ float *part_place(const Params &p, int group, int which)
 {
     return p.part + (((int64_t)group * gridDim.x + blockIdx.x) * 2 + which) * PART_FLOATS;
-}
-
-/* A group's first item is part 0 unless the item begins after the stretch does. */
-__device__ __forceinline__ int part_which(int item_begin, int group, int share)
-{
-    return item_begin <= group * share ? 0 : 1;
 }
 
 /* Where a part keeps the sums of columns 256 half + 16 j + 2 (lane % 4) + {0, 1, 8, 9} of row r, in
@@ -194,8 +133,8 @@ __device__ __forceinline__ void combine(const Params &p, Smem *sm, int s, int it
     int rows = min(ROWS, all_rows - (int)blockIdx.x * ROWS);
     // only the first group can hold the item as its second
     int64_t stride = (int64_t)gridDim.x * 2 * PART_FLOATS;
-    const float *parts = part_of(p, first, 0);
-    int first_at = part_which(item_begin, first, share) * PART_FLOATS;
+    const float *parts = part_place(p, first, 0);
+    int first_at = part_of(item_begin, first, share) * PART_FLOATS;
 
     // maximum and sum of each row, by 4 threads; the probabilities' place is free
     float2 *stat = (float2 *)sm->p; // [4][ROWS]
@@ -284,7 +223,7 @@ __device__ __forceinline__ void part_add(const Params &p, Smem *sm, int s, int r
                                          const float (&l)[2], int item_begin, int item_end, int share)
 {
     int tid = threadIdx.x, rows = p.q_rows * p.heads - blockIdx.x * ROWS, group = blockIdx.y;
-    float *part = part_of(p, group, part_which(item_begin, group, share));
+    float *part = part_place(p, group, part_of(item_begin, group, share));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int r = row0 + 8 * half;
@@ -356,6 +295,7 @@ __device__ __forceinline__ void attend(const Params &p, Smem *sm, Stretch w)
             wgmma_commit();
             int left = n - page * PAGE; // slots in this page
             if (left < PAGE)
+#pragma unroll 1
                 for (int i = tid; i < (PAGE - left) * 64; i += CONSUMERS) {
                     int r = left + i / 64, c = i % 64;
                     *(uint4 *)(sm->kv[stage] + c / 8 * BLOCK_BYTES + r * 128 + c % 8 * 16) =
@@ -509,6 +449,10 @@ cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t strea
         return cudaErrorInvalidValue;
     int tiles = tile_count(a->q_rows, a->heads), rows = a->q_rows * a->heads;
 
+    int32_t *counter = (int32_t *)((uint8_t *)a->work + part_bytes(n_sm));
+    if (rows <= MAX_NARROW && a->S >= NARROW_FROM)
+        return mla_narrow(a, counter, n_sm, stream);
+
     CUtensorMap q_map, kv_map;
     const cuuint64_t kv_dims[3] = {64, (cuuint64_t)a->n_pages * a->n_layers * PAGE, WIDTH / 64};
     const cuuint64_t kv_strides[2] = {WIDTH * 2, 128};
@@ -520,19 +464,14 @@ cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t strea
         !tensor_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
         return cudaErrorInvalidValue;
 
-    int64_t pages = (int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE);
-    int64_t groups = n_sm / tiles;
-    if (groups > (pages + MIN_PAGES - 1) / MIN_PAGES)
-        groups = (pages + MIN_PAGES - 1) / MIN_PAGES;
-    if (groups < 1)
-        groups = 1;
+    int groups = groups_for((int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE), n_sm / tiles);
 
     Params p;
     p.block_table = a->block_table;
     p.n_ctx = a->n_ctx;
     p.out = a->out;
     p.part = (float *)a->work;
-    p.counter = (int32_t *)((uint8_t *)a->work + part_bytes(n_sm));
+    p.counter = counter;
     p.S = a->S;
     p.q_rows = a->q_rows;
     p.heads = a->heads;

@@ -17,11 +17,13 @@
  */
 #include "kernels/cuda.h"
 
+#include "kernels/hopper.cuh"
+#include "kernels/launch.cuh"
+
 #include <cuda_bf16.h>
 #include <float.h>
 
-#include "kernels/launch.cuh"
-
+using hopper::product_16x8;
 using namespace launch;
 
 #define MAX_E         64
@@ -55,16 +57,6 @@ size_t cu_route_work_bytes(int max_T, int E, int k)
 }
 
 /* ---- choose ---- */
-
-static __device__ __forceinline__ void product_16x8(float (&d)[4], uint32_t a0, uint32_t a1,
-                                                    uint32_t a2, uint32_t a3, uint32_t b0,
-                                                    uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 /* This warp's share of the logits of 16 tokens. A thread reads 16 bytes of a row, eight
  * neighbouring columns, where the product wants pairs eight apart: the same columns of x and router
