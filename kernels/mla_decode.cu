@@ -4,9 +4,9 @@
  * tensor-core tile and its KV is read once for all: 1,152 bytes per slot and layer, which is the floor.
  *
  * Grid: (tiles of 64 rows, groups); mla_pages.cuh deals the pages to groups. Where many sequences have so few
- * rows that most of a tile would be for nobody, mla_narrow.cu does it. Tried for the item of two parts: the last
- * group keeps its own in registers, as there. Of mixed contexts 256 x 3 rows then take 79 us and not 84, but
- * more code makes every launch of a step slower, where it is cold: 24.3 ms and not 23.8 for 256 x 2 rows.
+ * rows that most of a tile would be for nobody, mla_narrow.cu does it. Tried: its way of adding parts up, in
+ * registers. 256 x 3 rows of mixed contexts then take 75 us and not 84, but one row of 4096 slots 41 and not 29,
+ * as few warps have rows, and whole steps are no faster.
  *
  * Block: one warp copies (a page's 64 x 576 layer slice is one tensor copy, 72 KB, two stages); two
  * warpgroups multiply. Each takes the scores of half the page's slots, they exchange row maxima, write

@@ -180,7 +180,8 @@ __device__ __forceinline__ void part_scale(const PerRow &f, Sums &o, PerRow &l)
 }
 
 /* This group's part of an item, in o, m and l. True: it was the last, and o and l are the item's. Else it is
- * left for the group that will be. Of two parts the last one stays in registers. */
+ * left for the group that will be. Of two parts, the usual case, the last one stays in registers: that of the group
+ * whose stretch ends in the item, since the other one began with it. */
 __device__ __forceinline__ bool part_add(const Params &p, Smem *sm, const Stretch &w, int g, int group, Sums &o,
                                          PerRow &m, PerRow &l, int item_end)
 {

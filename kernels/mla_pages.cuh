@@ -3,8 +3,7 @@
  * The pages of all sequences, laid end to end, are cut into one equal stretch per group, so any mix of
  * contexts fills the machine. A stretch may begin or end inside a sequence (an item); then each group that
  * holds a part of it leaves an unnormalised sum with its row maxima and row sums, and the last to arrive,
- * found by a counter, adds the parts in order. Of an item of two parts, the usual case, the last one keeps
- * its own in registers: the group whose stretch ends in the item, since the other one began with it.
+ * found by a counter, adds the parts in order.
  */
 #ifndef BATON_MLA_PAGES_CUH
 #define BATON_MLA_PAGES_CUH
@@ -16,7 +15,7 @@
 #define PAGE        64
 #define BLOCK_BYTES (64 * 128) /* 64 rows x 64 columns */
 #define TILE_BYTES  (WIDTH / 64 * BLOCK_BYTES)
-#define MAX_NARROW  24 /* rows of a sequence that cu_mla_narrow takes at most */
+#define MAX_NARROW  24 /* rows of a sequence that mla_narrow takes at most */
 #ifndef PARTS_PER_PAGE
 #define PARTS_PER_PAGE 6
 #endif
