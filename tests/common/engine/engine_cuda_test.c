@@ -14,9 +14,9 @@
 #include "goldens.h"
 
 #define MAX_ROWS  1024
-#define MAX_SEQS  16
+#define MAX_SEQS  200 /* more than attention's kernel for many takes from */
 #define MAX_PAGES 16
-#define N_PAGES   (MAX_SEQS * MAX_PAGES)
+#define N_PAGES   (16 * MAX_PAGES)
 #define MAX_TIES  8
 #define MARGIN    0.3 /* smaller gaps between the two best logits are bf16 noise */
 /* Of a logit, against fp32. Where two experts are closer than the noise of bf16, either is right: a
@@ -204,6 +204,35 @@ static void windows_agree_with_single_rows(void)
     CHECK_NEAR(worst, 0, TOLERANCE);
     free(alone);
     free(window);
+}
+
+/* Many sequences of one row, which share the pages of a few, give what each gives alone, up to
+ * noise. */
+static void many_agree_with_one(void)
+{
+    int V = weights->config.vocab;
+    float *alone = calloc((size_t)V * 16, sizeof(float)), *many = calloc((size_t)V, sizeof(float));
+    REQUIRE(alone && many && n_cases <= 16);
+    for (int i = 0; i < n_cases; i++) {
+        const struct golden_case *c = &cases[i];
+        forward_one(i, 0, c->seq, c->n_prompt);
+        forward_one(i, c->n_prompt, c->seq + c->n_prompt, 1);
+        CHECK_OK(engine_read_logits(engine, false, 0, alone + i * V));
+    }
+    batch_clear();
+    for (int s = 0; s < MAX_SEQS; s++)
+        batch_add(s % n_cases, cases[s % n_cases].n_prompt,
+                  cases[s % n_cases].seq + cases[s % n_cases].n_prompt, 1, (struct hidden_ref){0});
+    CHECK_OK(engine_forward(engine, &a.b));
+    double worst = 0;
+    for (int s = 0; s < MAX_SEQS; s++) {
+        CHECK_OK(engine_read_logits(engine, false, s, many));
+        worst = fmax(worst, largest_difference(many, alone + s % n_cases * V, V));
+    }
+    printf("largest difference of a logit among %d sequences: %.3f\n", MAX_SEQS, worst);
+    CHECK_NEAR(worst, 0, TOLERANCE);
+    free(alone);
+    free(many);
 }
 
 static void drafts_are_the_goldens(void)
@@ -527,6 +556,7 @@ int main(int argc, char **argv)
     RUN(logits_near_the_goldens);
     RUN(greedy_text_is_the_goldens);
     RUN(windows_agree_with_single_rows);
+    RUN(many_agree_with_one);
     RUN(drafts_are_the_goldens);
     RUN(drafts_keep_to_their_masks);
     RUN(passes_lend_their_thread);
