@@ -33,6 +33,7 @@ using namespace mla_pages;
 #define NARROW_FROM 160 /* sequences: fewer are cut into more parts among twice as many groups */
 #define BATCH       3   /* combine: groups of 8 rows at a time */
 #define PART_FLOATS (ROWS * LATENT + 2 * ROWS)
+static_assert(2 * NARROW_PART_FLOATS <= PART_FLOATS, "mla_narrow's parts, of twice as many groups");
 
 namespace {
 
@@ -43,15 +44,6 @@ struct Smem {
     float max_part[2][ROWS], sum_part[2][ROWS];
     uint64_t kv_full[STAGES], kv_empty[STAGES], q_full, q_empty;
     int last;
-};
-
-struct Params {
-    const int32_t *block_table, *n_ctx;
-    cu_bf16 *out;
-    float *part;      // [groups, tiles, 2, PART_FLOATS]
-    int32_t *counter; // [S, tiles]
-    int S, q_rows, heads, n_layers, layer, max_pages;
-    float scale_log2;
 };
 
 __device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUtensorMap *kv_map,
@@ -449,41 +441,18 @@ cudaError_t cu_mla_decode(const struct cu_mla_decode_args *a, cudaStream_t strea
         return cudaErrorInvalidValue;
     int tiles = tile_count(a->q_rows, a->heads), rows = a->q_rows * a->heads;
 
-    int32_t *counter = (int32_t *)((uint8_t *)a->work + part_bytes(n_sm));
+    Params p = params_of(a, part_bytes(n_sm));
     if (rows <= MAX_NARROW && a->S >= NARROW_FROM)
-        return mla_narrow(a, counter, n_sm, stream);
+        return mla_narrow(a, p, n_sm, stream);
 
     CUtensorMap q_map, kv_map;
-    const cuuint64_t kv_dims[3] = {64, (cuuint64_t)a->n_pages * a->n_layers * PAGE, WIDTH / 64};
-    const cuuint64_t kv_strides[2] = {WIDTH * 2, 128};
-    const cuuint32_t kv_box[3] = {64, PAGE, WIDTH / 64};
-    const cuuint64_t q_dims[4] = {64, (cuuint64_t)rows, WIDTH / 64, (cuuint64_t)a->S};
-    const cuuint64_t q_strides[3] = {WIDTH * 2, 128, (cuuint64_t)rows * WIDTH * 2};
-    const cuuint32_t q_box[4] = {64, ROWS, WIDTH / 64, 1};
-    if (!tensor_map(&kv_map, a->pool, 3, kv_dims, kv_strides, kv_box) ||
-        !tensor_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
+    if (!maps_of(a, ROWS, WIDTH / 64, &q_map, &kv_map))
         return cudaErrorInvalidValue;
-
-    int groups = groups_for((int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE), n_sm / tiles);
-
-    Params p;
-    p.block_table = a->block_table;
-    p.n_ctx = a->n_ctx;
-    p.out = a->out;
-    p.part = (float *)a->work;
-    p.counter = counter;
-    p.S = a->S;
-    p.q_rows = a->q_rows;
-    p.heads = a->heads;
-    p.n_layers = a->n_layers;
-    p.layer = a->layer;
-    p.max_pages = a->max_pages;
-    p.scale_log2 = a->scale * 1.44269504f;
+    p.n_groups = groups_for((int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE), n_sm / tiles);
     const int smem = sizeof(Smem) + 1024;
     cudaError_t e =
         cudaFuncSetAttribute(mla_decode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (e != cudaSuccess)
         return e;
-    return launch::start(mla_decode_kernel, dim3(tiles, (unsigned)groups), THREADS, smem, 1, stream,
-                         q_map, kv_map, p);
+    return launch::start(mla_decode_kernel, dim3(tiles, p.n_groups), THREADS, smem, 1, stream, q_map, kv_map, p);
 }

@@ -16,13 +16,10 @@
 #include "kernels/cuda.h"
 #include "kernels/hopper.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/mla_pages.cuh"
 
 using namespace hopper;
 
-#define WIDTH        576
-#define LATENT       512
-#define PAGE         64
-#define BLOCK_BYTES  (PAGE * 128) /* 64 slots x 64 columns */
 #define N_BLOCKS     (WIDTH / 64)
 #define CLUSTER      8
 #define MAX_HEADS    24

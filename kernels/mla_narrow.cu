@@ -54,15 +54,6 @@ struct Smem {
     int position[N]; // of each row among the query's
 };
 
-struct Params {
-    const int32_t *block_table, *n_ctx;
-    cu_bf16 *out;
-    float *part;      // [groups, 2, NARROW_PART_FLOATS]
-    int32_t *counter; // [S]
-    int S, q_rows, heads, n_layers, layer, max_pages, n_groups;
-    float scale_log2;
-};
-
 __device__ __forceinline__ void copy_pages(const CUtensorMap *q_map, const CUtensorMap *kv_map, const Params &p,
                                            Smem *sm, int g, Stretch w)
 {
@@ -435,34 +426,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 } // namespace
 
-cudaError_t mla_narrow(const struct cu_mla_decode_args *a, int32_t *counter, int n_sm, cudaStream_t stream)
+cudaError_t mla_narrow(const struct cu_mla_decode_args *a, Params p, int n_sm, cudaStream_t stream)
 {
     CUtensorMap q_map, kv_map;
-    const int rows = a->q_rows * a->heads;
-    const cuuint64_t kv_dims[3] = {64, (cuuint64_t)a->n_pages * a->n_layers * PAGE, WIDTH / 64};
-    const cuuint64_t kv_strides[2] = {WIDTH * 2, 128};
-    const cuuint32_t kv_box[3] = {64, PAGE, WIDTH / 64 / PARTS};
-    const cuuint64_t q_dims[4] = {64, (cuuint64_t)rows, WIDTH / 64, (cuuint64_t)a->S};
-    const cuuint64_t q_strides[3] = {WIDTH * 2, 128, (cuuint64_t)rows * WIDTH * 2};
-    const cuuint32_t q_box[4] = {64, N, WIDTH / 64, 1}; // rows past the sequence's come as zeros
-    if (!tensor_map(&kv_map, a->pool, 3, kv_dims, kv_strides, kv_box) ||
-        !tensor_map(&q_map, a->q, 4, q_dims, q_strides, q_box))
+    if (!maps_of(a, N, WIDTH / 64 / PARTS, &q_map, &kv_map))
         return cudaErrorInvalidValue;
-
-    Params p;
-    p.block_table = a->block_table;
-    p.n_ctx = a->n_ctx;
-    p.out = a->out;
-    p.part = (float *)a->work;
-    p.counter = counter;
-    p.S = a->S;
-    p.q_rows = a->q_rows;
-    p.heads = a->heads;
-    p.n_layers = a->n_layers;
-    p.layer = a->layer;
-    p.max_pages = a->max_pages;
     p.n_groups = groups_for((int64_t)a->S * ((a->max_ctx + PAGE - 1) / PAGE), GROUPS * n_sm);
-    p.scale_log2 = a->scale * 1.44269504f;
     const int smem = sizeof(Smem) + 1024;
     cudaError_t e = cudaFuncSetAttribute(mla_narrow_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (e != cudaSuccess)

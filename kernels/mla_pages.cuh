@@ -1,4 +1,5 @@
-/* mla_pages.cuh: how decode attention deals the pages of all sequences to groups of threads.
+/* mla_pages.cuh: the shape of a page, and how attention of many rows deals the pages of all sequences to
+ * groups of threads (mla_decode.cu, mla_narrow.cu).
  *
  * The pages of all sequences, laid end to end, are cut into one equal stretch per group, so any mix of
  * contexts fills the machine. A stretch may begin or end inside a sequence (an item); then each group that
@@ -9,6 +10,7 @@
 #define BATON_MLA_PAGES_CUH
 
 #include "kernels/cuda.h"
+#include "kernels/hopper.cuh"
 
 #define WIDTH       576
 #define LATENT      512
@@ -24,6 +26,50 @@
 #endif
 
 namespace mla_pages {
+
+struct Params {
+    const int32_t *block_table, *n_ctx;
+    cu_bf16 *out;
+    float *part;      // two for each group and tile
+    int32_t *counter; // [S, tiles] of parts that have arrived
+    int S, q_rows, heads, n_layers, layer, max_pages, n_groups;
+    float scale_log2;
+};
+
+/* part and counter are in a->work, part_bytes apart; the caller fills in n_groups. */
+static inline Params params_of(const struct cu_mla_decode_args *a, size_t part_bytes)
+{
+    Params p = {};
+    p.block_table = a->block_table;
+    p.n_ctx = a->n_ctx;
+    p.out = a->out;
+    p.part = (float *)a->work;
+    p.counter = (int32_t *)((uint8_t *)a->work + part_bytes);
+    p.S = a->S;
+    p.q_rows = a->q_rows;
+    p.heads = a->heads;
+    p.n_layers = a->n_layers;
+    p.layer = a->layer;
+    p.max_pages = a->max_pages;
+    p.scale_log2 = a->scale * 1.44269504f;
+    return p;
+}
+
+/* Of the queries in boxes of box_rows of a sequence's rows (those past the last come as zeros), and of the pool in
+ * boxes of a page's slots by box_blocks x 64 columns. */
+static inline bool maps_of(const struct cu_mla_decode_args *a, int box_rows, int box_blocks, CUtensorMap *ret_q,
+                           CUtensorMap *ret_kv)
+{
+    const cuuint64_t rows = (cuuint64_t)a->q_rows * a->heads;
+    const cuuint64_t kv_dims[3] = {64, (cuuint64_t)a->n_pages * a->n_layers * PAGE, WIDTH / 64};
+    const cuuint64_t kv_strides[2] = {WIDTH * 2, 128};
+    const cuuint32_t kv_box[3] = {64, PAGE, (cuuint32_t)box_blocks};
+    const cuuint64_t q_dims[4] = {64, rows, WIDTH / 64, (cuuint64_t)a->S};
+    const cuuint64_t q_strides[3] = {WIDTH * 2, 128, rows * WIDTH * 2};
+    const cuuint32_t q_box[4] = {64, (cuuint32_t)box_rows, WIDTH / 64, 1};
+    return hopper::tensor_map(ret_kv, a->pool, 3, kv_dims, kv_strides, kv_box) &&
+           hopper::tensor_map(ret_q, a->q, 4, q_dims, q_strides, q_box);
+}
 
 __device__ __forceinline__ int pages_of(int n) { return n > 0 ? (n + PAGE - 1) / PAGE : 0; }
 
@@ -118,9 +164,9 @@ static inline int groups_for(int64_t pages, int most)
 
 } // namespace mla_pages
 
-/* cu_mla_decode for q_rows x heads of at most MAX_NARROW (mla_narrow.cu). counter: [S] zeros behind the parts in
- * a->work, which take no more than cu_mla_decode's own. */
-cudaError_t mla_narrow(const struct cu_mla_decode_args *a, int32_t *counter, int n_sm, cudaStream_t stream);
+/* cu_mla_decode for q_rows x heads of at most MAX_NARROW (mla_narrow.cu): p is params_of, parts are smaller than
+ * cu_mla_decode's own. */
+cudaError_t mla_narrow(const struct cu_mla_decode_args *a, mla_pages::Params p, int n_sm, cudaStream_t stream);
 #define NARROW_PART_FLOATS (MAX_NARROW * LATENT + 2 * MAX_NARROW)
 
 #endif
