@@ -75,7 +75,8 @@ static const struct route routes[] = {
 static void on_headers(void *user, struct http_exchange *x, const struct http_request *r);
 static void on_request(void *user, struct http_exchange *x, const struct http_request *r);
 static void on_gone(void *user, struct http_exchange *x);
-static char *on_error_body(void *user, int status, const char *message);
+static void on_refused(void *user, struct http_exchange *x, int status, const char *message,
+                       const char *request_id);
 static void on_tick(uv_timer_t *timer);
 
 static const struct route *gate(struct api *a, struct http_exchange *x,
@@ -127,7 +128,7 @@ enum err api_create(const struct api_config *c, struct http_handler *handler, st
     uv_unref((uv_handle_t *)&a->tick); /* does not keep the loop alive */
     a->tick.data = a;
     *handler = (struct http_handler){
-        .headers = on_headers, .request = on_request, .gone = on_gone, .error_body = on_error_body};
+        .headers = on_headers, .request = on_request, .gone = on_gone, .refused = on_refused};
     *ret = take(&a);
     return ERR_OK;
 }
@@ -290,21 +291,6 @@ void api_out_failure(struct json_out *o, const struct api_failure *f)
     out_raw(o, "}}");
 }
 
-static char *on_error_body(void *user, int status, const char *message)
-{
-    (void)user;
-    struct api_failure f = {0};
-    (void)api_fail(&f, status, NULL, "", "%s", message);
-    struct json_out o = {0};
-    api_out_failure(&o, &f);
-    json_out_raw(&o, "", 1);
-    if (o.failed) {
-        json_out_finish(&o);
-        return NULL;
-    }
-    return o.data;
-}
-
 /* ---- answers ---- */
 
 static void draw_request_id(struct api *a, char *ret, size_t cap)
@@ -427,7 +413,7 @@ static const struct route *gate(struct api *a, struct http_exchange *x,
     } else {
         return route;
     }
-    api_access_log_refused(a, r, route ? route->path : "-", f.status);
+    api_access_log_refused(a, r->request_id, route ? route->path : "-", f.status);
     api_reply_failure(a, x, r->request_id, clock_now_us(), route ? route->shape : NULL, &f);
     return NULL;
 }
@@ -436,6 +422,21 @@ static void on_headers(void *user, struct http_exchange *x, const struct http_re
 {
     api_cors(user, x, r);
     (void)gate(user, x, r);
+}
+
+static void on_refused(void *user, struct http_exchange *x, int status, const char *message,
+                       const char *request_id)
+{
+    struct api *a = user;
+    struct api_failure f = {0};
+    char drawn[API_REQUEST_ID_BYTES];
+    if (!request_id[0]) {
+        draw_request_id(a, drawn, sizeof(drawn));
+        request_id = drawn;
+    }
+    (void)api_fail(&f, status, NULL, "", "%s", message);
+    api_access_log_refused(a, request_id, "-", status);
+    api_reply_failure(a, x, request_id, clock_now_us(), NULL, &f);
 }
 
 static void on_request(void *user, struct http_exchange *x, const struct http_request *r)
@@ -472,7 +473,7 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     if (a->draining || a->destroyed) {
         (void)api_fail(&f, 503, "unavailable", "", "the server is shutting down");
         f.retry_after_s = 1;
-        api_access_log_refused(a, r, route->path, f.status);
+        api_access_log_refused(a, r->request_id, route->path, f.status);
         api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
     }
@@ -480,7 +481,7 @@ static void call_arrive(struct api *a, struct http_exchange *x, const struct htt
     if (!api_access_find(a, r, &key))
         key = NULL; /* gate has just seen it valid */
     if (api_access_take(key, x, &f) != ERR_OK) {
-        api_access_log_refused(a, r, route->path, f.status);
+        api_access_log_refused(a, r->request_id, route->path, f.status);
         api_reply_failure(a, x, r->request_id, now_us, route->shape, &f);
         return;
     }

@@ -170,10 +170,10 @@ void api_access_log(const struct api_call *call)
              call->trace.trace_id[0] ? " trace=" : "", call->trace.trace_id);
 }
 
-void api_access_log_refused(const struct api *a, const struct http_request *r, const char *path,
+void api_access_log_refused(const struct api *a, const char *request_id, const char *path,
                             int status)
 {
     if (a->log_access)
         log_info("access", "req=%s key=- path=%s status=%d refused",
-                 r->request_id[0] ? r->request_id : "-", path, status);
+                 request_id[0] ? request_id : "-", path, status);
 }

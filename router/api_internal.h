@@ -221,6 +221,8 @@ struct api_choice {
  * 2. call_release is the only place that frees, and it waits for the pool (in_pool).
  * 3. A call that ends cancels the gens it still has, before it is freed.
  */
+enum { API_REQUEST_ID_BYTES = 132 }; // a client's, or ours, with its NUL
+
 struct api_call {
     struct api *api;
     struct api_call *prev, *next; /* api->calls */
@@ -231,7 +233,7 @@ struct api_call {
     bool headers_out;
     bool broken;      /* out of memory inside a callback: failed by the next tick */
     bool stream_path; /* /generate_stream */
-    char id[48], request_id[132];
+    char id[48], request_id[API_REQUEST_ID_BYTES];
     const char *path;         /* the route's */
     int status;               /* of the answer; 499: the client left before it */
     struct traceparent trace; /* the caller's; trace_id "": none */
@@ -347,7 +349,7 @@ MUST_CHECK enum err api_access_take(struct access_key *k, struct http_exchange *
 void api_cors(const struct api *a, struct http_exchange *x, const struct http_request *r);
 /* The line of a call that ends, and of a request that became none. */
 void api_access_log(const struct api_call *call);
-void api_access_log_refused(const struct api *a, const struct http_request *r, const char *path,
+void api_access_log_refused(const struct api *a, const char *request_id, const char *path,
                             int status);
 
 /* ---- conversations in other words than chat's: api_history.c ---- */

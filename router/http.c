@@ -18,8 +18,8 @@
  *                     ^-----------------------------------------+
  *
  * 1. An exchange exists from the end of a good header block until the answer ended or the
- * connection broke: in BODY and WORK, and in HEAD during the headers callback. There is one per
- * connection.
+ * connection broke: in BODY and WORK, and in HEAD during the headers callback; and while a request
+ * is refused. There is one per connection.
  * 2. gone is called at most once, only from the loop, only for an exchange that a callback has
  * shown to the handler and that has not ended; http_write and friends never call back.
  * 3. Whoever finds a connection broken outside the loop's own callbacks sets .broken and lets
@@ -673,43 +673,27 @@ static void conn_settle_close(struct http_conn *c, const struct http_exchange *x
 static void conn_refuse(struct http_conn *c, int status, const char *why)
 {
     struct http_server *s = c->server;
-    bool is_head = c->parse && c->parse->is_head;
     bool streaming = c->x && c->x->streaming;
     log_debug("http", "status=%d %s", status, why);
     exchange_lose(c);
     if (c->state == CLOSED)
         return;
     c->close_after = true;
-    c->state = FLUSH;
-    if (streaming) { /* too late for a status: leave the stream without its end */
+    /* Too late for a status: leave the stream without its end. Without memory: no answer. */
+    if (streaming || !exchange_create(c)) {
+        c->state = FLUSH;
         conn_mark_dirty(c);
         return;
     }
-    OWNED_MEM char *body =
-        s->handler.error_body ? s->handler.error_body(s->user, status, why) : NULL;
-    if (c->state == CLOSED)
-        return;
-    char fallback[256];
-    if (!body)
-        snprintf(fallback, sizeof(fallback),
-                 "{\"error\":{\"message\":\"%s\",\"type\":\"%s\",\"param\":null,\"code\":null}}",
-                 why, status < 500 ? "invalid_request_error" : "server_error");
-    const char *text = body ? body : fallback;
-    struct bytes extra = {0};
-    if (status == 405) {
-        char allow[64];
-        int n = snprintf(allow, sizeof(allow), "Allow: %s\r\n", allowed_methods);
-        if (!bytes_append(&extra, allow, (size_t)n))
-            c->broken = true;
-    } else if (status == 503) {
-        if (!bytes_append(&extra, "Retry-After: 1\r\n", 16))
-            c->broken = true;
-    }
-    conn_head_append(c, status, "application/json", (int64_t)strlen(text), false, &extra);
-    bytes_finish(&extra);
-    if (!is_head)
-        conn_append_text(c, text);
-    conn_mark_dirty(c);
+    struct http_exchange *x = c->x;
+    const char *request_id = c->parse->request.request_id;
+    if (status == 405)
+        http_add_header(x, "Allow", allowed_methods);
+    else if (status == 503)
+        http_add_header(x, "Retry-After", "1");
+    c->in_handler = true;
+    s->handler.refused(s->user, x, status, why, request_id ? request_id : "");
+    c->in_handler = false;
 }
 
 /* The answer is complete in .out. */
@@ -1119,7 +1103,7 @@ enum err http_server_create(uv_loop_t *loop, const char *host, int port,
                             const struct http_limits *limits, const struct http_handler *handler,
                             void *user, struct http_server **ret)
 {
-    assert(handler->request);
+    assert(handler->request && handler->refused);
     signal(SIGPIPE, SIG_IGN); /* libuv writes without MSG_NOSIGNAL: a client's RST would kill us */
     struct http_server *s = calloc(1, sizeof(*s));
     if (!s)

@@ -51,9 +51,11 @@ struct http_handler {
     /* The client left (FIN, RST, timeout, cut off as too slow) before the answer ended. The
      * exchange is invalid after this call. Not called after http_end or http_reply. */
     void (*gone)(void *user, struct http_exchange *x);
-    /* Builds the body of an error that this module answers itself (400, 408, 413, ...). Returns a
-     * malloc'd string. */
-    char *(*error_body)(void *user, int status, const char *message);
+    /* A request that this module refuses itself (400, 408, 413, ...): answers by http_reply, now.
+     * Allow and Retry-After are added already; the connection ends with the answer. request_id as
+     * in http_request, "" also where it was not read. */
+    void (*refused)(void *user, struct http_exchange *x, int status, const char *message,
+                    const char *request_id);
 };
 
 /* Listens on host:port (0 = any; see http_server_port). ERR_IO names the address and reason. */

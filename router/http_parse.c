@@ -393,15 +393,16 @@ static enum http_parse_event head_feed(struct http_parse *p, const char *data, s
 
 /* Fields that are handed on as text. once: a repetition is refused, as two readers could pick
  * different ones; for the others the first counts. */
+enum { REQUEST_ID };
 static const struct {
     const char *name;
     size_t offset;
     bool once;
 } text_fields[] = {
+    [REQUEST_ID] = {"x-request-id", offsetof(struct http_request, request_id), false},
     {"content-type", offsetof(struct http_request, content_type), true},
     {"authorization", offsetof(struct http_request, authorization), true},
     {"x-api-key", offsetof(struct http_request, api_key), true},
-    {"x-request-id", offsetof(struct http_request, request_id), false},
     {"traceparent", offsetof(struct http_request, traceparent), false},
     {"origin", offsetof(struct http_request, origin), false},
     {"if-none-match", offsetof(struct http_request, if_none_match), false},
@@ -500,14 +501,6 @@ static enum http_parse_event findings_judge(struct http_parse *p, const struct f
     return HTTP_PARSE_MORE;
 }
 
-static bool request_id_is_plain(struct span s)
-{
-    for (size_t i = 0; i < s.n; i++)
-        if (s.at[i] <= 0x20 || s.at[i] >= 0x7f)
-            return false;
-    return s.n >= 1 && s.n <= 128;
-}
-
 /* Points into head, made a string in place: llhttp has already seen these bytes. */
 static const char *string_in_place(struct span s)
 {
@@ -515,6 +508,15 @@ static const char *string_in_place(struct span s)
         return "";
     s.at[s.n] = '\0';
     return s.at;
+}
+
+/* Of 1..128 printable characters, or "". */
+static const char *plain_request_id(struct span s)
+{
+    for (size_t i = 0; i < s.n; i++)
+        if (s.at[i] <= 0x20 || s.at[i] >= 0x7f)
+            return "";
+    return s.n <= 128 ? string_in_place(s) : "";
 }
 
 static enum http_parse_event head_complete(struct http_parse *p)
@@ -528,8 +530,10 @@ static enum http_parse_event head_complete(struct http_parse *p)
                    span_trim((struct span){colon + 1, (size_t)(end - colon - 1)}));
         at += (size_t)(end - line) + 2;
     }
-    if (findings_judge(p, &f) == HTTP_PARSE_BAD)
+    if (findings_judge(p, &f) == HTTP_PARSE_BAD) {
+        p->request.request_id = plain_request_id(f.text[REQUEST_ID]);
         return HTTP_PARSE_BAD;
+    }
     p->chunked = f.n_coding != 0;
     p->left = p->declared;
     p->has_body = p->chunked || p->declared;
@@ -552,11 +556,8 @@ static enum http_parse_event head_complete(struct http_parse *p)
     r->body = "";
     r->n_body = 0;
     for (size_t i = 0; i < ARRAY_LEN(text_fields); i++) {
-        struct span s = f.text[i];
-        if (text_fields[i].offset == offsetof(struct http_request, request_id) &&
-            !request_id_is_plain(s))
-            s.n = 0;
-        const char *text = string_in_place(s);
+        const char *text =
+            i == REQUEST_ID ? plain_request_id(f.text[i]) : string_in_place(f.text[i]);
         memcpy((char *)r + text_fields[i].offset, &text, sizeof(text));
     }
     p->state = p->chunked ? CHUNK_SIZE : p->declared ? DECLARED : NO_BODY;

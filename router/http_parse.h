@@ -30,7 +30,8 @@ enum http_parse_event {
 };
 
 struct http_parse {
-    /* Filled in at HTTP_PARSE_HEADERS; body at HTTP_PARSE_DONE (NUL-terminated, as all strings). */
+    /* Filled in at HTTP_PARSE_HEADERS; body at HTTP_PARSE_DONE (NUL-terminated, as all strings).
+     * At HTTP_PARSE_BAD request_id may be there, all else may be NULL. */
     struct http_request request;
     bool http10;
     bool keep_alive; /* what the client's version and Connection header ask for */

@@ -237,15 +237,20 @@ static void guard_headers(void *user, struct http_exchange *x, const struct http
         r->api_handler.headers(r->api, x, q);
 }
 
-static void guard_request(void *user, struct http_exchange *x, const struct http_request *q)
+static void say_stopping(struct http_exchange *x)
 {
     static const char body[] = "{\"error\":{\"message\":\"the server is stopping\",\"type\":"
                                "\"server_error\",\"param\":null,\"code\":\"unavailable\"}}";
+    http_reply(x, 503, "application/json", body, sizeof(body) - 1);
+}
+
+static void guard_request(void *user, struct http_exchange *x, const struct http_request *q)
+{
     struct router *r = user;
     if (r->api)
         r->api_handler.request(r->api, x, q);
     else
-        http_reply(x, 503, "application/json", body, sizeof(body) - 1);
+        say_stopping(x);
 }
 
 static void guard_gone(void *user, struct http_exchange *x)
@@ -255,16 +260,20 @@ static void guard_gone(void *user, struct http_exchange *x)
         r->api_handler.gone(r->api, x);
 }
 
-static char *guard_error_body(void *user, int status, const char *message)
+static void guard_refused(void *user, struct http_exchange *x, int status, const char *message,
+                          const char *request_id)
 {
     struct router *r = user;
-    return r->api ? r->api_handler.error_body(r->api, status, message) : strdup("");
+    if (r->api)
+        r->api_handler.refused(r->api, x, status, message, request_id);
+    else
+        say_stopping(x);
 }
 
 static const struct http_handler guard = {.headers = guard_headers,
                                           .request = guard_request,
                                           .gone = guard_gone,
-                                          .error_body = guard_error_body};
+                                          .refused = guard_refused};
 
 static size_t flush_clients(void *user)
 {

@@ -860,6 +860,37 @@ static void table_of_requests(void)
     }
 }
 
+/* What the HTTP server refuses before the API sees it looks like every other error. */
+static void refusals_are_answers(void)
+{
+    static const struct {
+        const char *request;
+        int status;
+        const char *id;
+    } rows[] = {
+        {"nonsense\r\n\r\n", 400, "req-"},
+        {"GET / HTTP/1.1\r\n\r\n", 400, "req-"},
+        {"BREW / HTTP/1.1\r\nHost: test\r\n\r\n", 405, "req-"},
+        {"GET / HTTP/2.0\r\nHost: test\r\n\r\n", 505, "req-"},
+        {"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 99999999\r\n\r\n", 413, "req-"},
+        {"POST / HTTP/1.1\r\nHost: test\r\nX-Request-Id: mine\r\nContent-Length: 99999999\r\n\r\n",
+         413, "mine"},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+        int fd = client_open();
+        struct json_out in = {0};
+        client_send(fd, rows[i].request, strlen(rows[i].request));
+        client_read(fd, &in, NULL);
+        close(fd);
+        struct answer a = parse_answer(&in);
+        CHECK_INT(a.status, rows[i].status);
+        CHECK(a.clean && json_is_string(at(a.json, "error.message")));
+        CHECK(!strncmp(header(&a, "X-Request-Id"), rows[i].id, strlen(rows[i].id)));
+        CHECK(!strncmp(header(&a, "request-id"), rows[i].id, strlen(rows[i].id)));
+        answer_finish(&a);
+    }
+}
+
 static void http_details(void)
 {
     script_reset("x");
@@ -2094,6 +2125,7 @@ int main(void)
 {
     set_up();
     RUN(table_of_requests);
+    RUN(refusals_are_answers);
     RUN(http_details);
     RUN(chat_answers);
     RUN(reasoning_goes_by_ids);

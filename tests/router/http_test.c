@@ -124,16 +124,18 @@ static void on_gone(void *user, struct http_exchange *x)
         held = NULL;
 }
 
-static char *on_error_body(void *user, int status, const char *message)
+static void on_refused(void *user, struct http_exchange *x, int status, const char *message,
+                       const char *request_id)
 {
     (void)user;
-    char *text = NULL;
-    return asprintf(&text, "{\"error\":{\"message\":\"%s\",\"code\":%d}}", message, status) < 0
-               ? NULL
-               : text;
+    OWNED_MEM char *text = NULL;
+    int n = asprintf(&text, "{\"error\":{\"message\":\"%s\",\"code\":%d}}", message, status);
+    CHECK(n > 0);
+    http_add_header(x, "X-Request-Id", request_id[0] ? request_id : "none");
+    http_reply(x, status, "application/json", text, (size_t)n);
 }
 
-static const struct http_handler handler = {on_headers, on_request, on_gone, on_error_body};
+static const struct http_handler handler = {on_headers, on_request, on_gone, on_refused};
 
 static struct http_limits test_limits(void)
 {
@@ -683,6 +685,34 @@ static void raw_requests_byte_by_byte(void)
     server_stop();
 }
 
+static void refusals_know_the_id(void)
+{
+    static const struct {
+        const char *request, *id;
+    } rows[] = {
+        {"POST /echo HTTP/1.1\r\n" H "X-Request-Id: a-1\r\nContent-Length: 9999999\r\n\r\n", "a-1"},
+        {"POST /echo HTTP/1.1\r\n" H "Expect: x\r\nX-Request-Id: a-2\r\n\r\n", "a-2"},
+        {"GET /ok HTTP/1.1\r\nX-Request-Id: a-3\r\n\r\n", "a-3"},
+        {"GET /ok HTTP/1.1\r\nX-Request-Id: a 4\r\n\r\n", "none"},
+        {POST_TE "x", "none"},
+        {"BREW /ok HTTP/1.1\r\n" H "X-Request-Id: unread\r\n\r\n", "none"},
+    };
+    struct answer a;
+    server_start(test_limits());
+    for (size_t i = 0; i < ARRAY_LEN(rows); i++) {
+        struct client *c = client_open();
+        char line[64];
+        snprintf(line, sizeof(line), "X-Request-Id: %s", rows[i].id);
+        client_say(c, rows[i].request);
+        WAIT(c->eof);
+        CHECK(answer_get(c, 0, &a));
+        CHECK(a.status >= 400);
+        CHECK(answer_says(&a, line));
+        client_close(c);
+    }
+    server_stop();
+}
+
 /* ---- the parser alone ---- */
 
 struct transcript {
@@ -1079,13 +1109,15 @@ static void slow_clients_get_408(void)
     server_start(limits);
     struct client *slow_head = client_open(), *slow_body = client_open(), *idle = client_open();
     client_say(slow_head, "GET /ok HTTP/1.1\r\nHos");
-    client_say(slow_body, "POST /echo HTTP/1.1\r\n" H "Content-Length: 10\r\n\r\nabc");
+    client_say(slow_body,
+               "POST /echo HTTP/1.1\r\n" H "X-Request-Id: late\r\nContent-Length: 10\r\n\r\nabc");
     WAIT(slow_head->eof && slow_body->eof);
     CHECK(answer_get(slow_head, 0, &a));
     CHECK_INT(a.status, 408);
     CHECK(answer_says(&a, "Connection: close"));
     CHECK(answer_get(slow_body, 0, &a));
     CHECK_INT(a.status, 408);
+    CHECK(answer_says(&a, "X-Request-Id: late"));
     CHECK_INT(n_gone, 1);
     CHECK_INT(http_server_n_exchanges(server), 0);
     expect_ok(idle, "GET /ok HTTP/1.1\r\n" H "\r\n"); /* saying nothing is allowed for longer */
@@ -1558,6 +1590,7 @@ int main(void)
     RUN(cuts_do_not_change_the_verdict);
     RUN(raw_requests_get_their_verdict);
     RUN(raw_requests_byte_by_byte);
+    RUN(refusals_know_the_id);
     RUN(request_is_shown_whole);
     RUN(answers_are_framed);
     RUN(streams_are_framed);
