@@ -391,8 +391,10 @@ static void out_block(struct json_out *o, const struct api_item *item)
         json_out_string(o, item->name.data, item->name.len);
         out_raw(o, ",\"input\":");
         /* Arguments that the limit cut are no JSON; the stop_reason tells. */
-        json_t *input = json_loadb(item->text.len ? item->text.data : "", item->text.len, 0, NULL);
-        json_out_raw(o, input ? item->text.data : "{}", input ? item->text.len : 2);
+        json_t *input = NULL;
+        bool whole = json_parse(item->text.len ? item->text.data : "", item->text.len,
+                                &json_limits_request, &input) == ERR_OK;
+        json_out_raw(o, whole ? item->text.data : "{}", whole ? item->text.len : 2);
         json_decref(input);
     } else {
         out_raw(o,

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "common/base/json_type.h"
 #include "common/base/own.h"
 
 #define INT64_DIGITS 19u
@@ -40,8 +41,8 @@ static enum err over(const char *what, size_t limit)
     return err_set(ERR_TOO_LARGE, "JSON has more than %zu %s", limit, what);
 }
 
-/* *ret_long: some number has INT64_DIGITS digits in a row. */
-static enum err scan(const char *text, size_t n, const struct json_limits *limits, bool *ret_long)
+/* *ret_large: some number has INT64_DIGITS digits in a row, or an exponent. */
+static enum err scan(const char *text, size_t n, const struct json_limits *limits, bool *ret_large)
 {
     size_t depth = 0, n_containers = 0, n_values = 1, n_digits = 0;
     bool in_string = false, opened = false; // opened: the last character that counts was { or [
@@ -54,8 +55,9 @@ static enum err scan(const char *text, size_t n, const struct json_limits *limit
                 in_string = false;
             continue;
         }
+        *ret_large |= n_digits && (c == 'e' || c == 'E');
         n_digits = c >= '0' && c <= '9' ? n_digits + 1 : 0;
-        *ret_long |= n_digits == INT64_DIGITS;
+        *ret_large |= n_digits == INT64_DIGITS;
         bool empty = opened;
         if (c != ' ' && c != '\n' && c != '\t' && c != '\r')
             opened = c == '{' || c == '[';
@@ -89,8 +91,9 @@ static enum err scan(const char *text, size_t n, const struct json_limits *limit
 }
 
 /* jansson refuses integers beyond int64. As 18446744073709551615 they are that here; as
- * 184467440737095516e2, of the same length, they are reals, right to 17 digits. */
-static void long_integers_to_reals(char *text)
+ * 184467440737095516e2, of the same length, they are reals, right to 17 digits. Nor does it take
+ * what is beyond a double: -1234e56789 becomes -1e00000308, the largest power of ten that fits. */
+static void numbers_to_doubles(char *text)
 {
     bool in_string = false;
     for (char *c = text; *c; c++) {
@@ -106,6 +109,12 @@ static void long_integers_to_reals(char *text)
                 if (errno == ERANGE)
                     memcpy(c + n_number - 2, "e2", 2);
             }
+            if (isinf(strtod(c, NULL)) && json_type_of_number(c, n_number)) {
+                char *digits = c + (*c == '-'), *end = c + n_number;
+                memset(digits, '0', (size_t)(end - digits));
+                memcpy(digits, "1e", 2);
+                memcpy(end - 3, "308", 3);
+            }
             c += n_number - 1;
         }
     }
@@ -115,15 +124,15 @@ enum err json_parse(const char *text, size_t n, const struct json_limits *limits
 {
     if (n > limits->max_bytes)
         return err_set(ERR_TOO_LARGE, "JSON of %zu bytes exceeds %zu", n, limits->max_bytes);
-    bool long_numbers = false;
-    TRY(scan(text, n, limits, &long_numbers));
+    bool large_numbers = false;
+    TRY(scan(text, n, limits, &large_numbers));
 
     OWNED_MEM char *copy = NULL;
-    if (limits->any_value && long_numbers && !memchr(text, 0, n)) {
+    if (limits->any_value && large_numbers && !memchr(text, 0, n)) {
         copy = strndup(text, n);
         if (!copy)
             return err_set(ERR_NOMEM, "no memory for JSON of %zu bytes", n);
-        long_integers_to_reals(copy);
+        numbers_to_doubles(copy);
         text = copy;
     }
     size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;

@@ -15,7 +15,9 @@
 
 struct json_limits {
     size_t max_bytes, max_depth, max_containers, max_values;
-    bool any_value; // takes "\\u0000" in strings, and integers beyond int64, which become reals
+    /* Takes "\\u0000" in strings, and any number: integers beyond int64 become reals, and what is
+     * beyond a double 1e308 or -1e308. */
+    bool any_value;
 };
 
 /* For what clients send: 64 deep, 20,000 containers, 300,000 values, any_value: what a program has

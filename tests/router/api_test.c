@@ -638,7 +638,9 @@ static void table_of_requests(void)
         {"POST", CHAT, "{\"a\":\"\xff\"}", 400, "JSON"},
         {"POST", CHAT, "\xef\xbb\xbf{}", 400, "JSON"},
         {"POST", CHAT, "{\"\\u0000\":1}", 400, "JSON"},
-        {"POST", CHAT, "{\"temperature\":1e999," HI "}", 400, "JSON"},
+        {"POST", CHAT, "{\"temperature\":1e999," HI "}", 400, "\"param\":\"temperature\""},
+        {"POST", CHAT, "{\"max_tokens\":1e999," HI "}", 400, "\"param\":\"max_tokens\""},
+        {"POST", CHAT, "{\"metadata\":{\"id\":-1e999}," HI "}", 200, ""},
         {"POST", CHAT, "{\"seed\":99999999999999999999," HI "}", 400, "\"param\":\"seed\""},
         {"POST", CHAT, "{\"max_tokens\":99999999999999999999," HI "}", 400,
          "\"param\":\"max_tokens\""},
@@ -647,6 +649,7 @@ static void table_of_requests(void)
         // what tools found, and what a model called them with
         {"POST", "/tokenize", "{\"text\":\"\\u0000\"}", 200, "\"count\":1"},
         {"POST", CHAT, CALLED("{\\\"x\\\": 12345678901234567890}", "a\\u0000b"), 200, ""},
+        {"POST", CHAT, CALLED("{\\\"x\\\": [1e400]}", ""), 200, ""},
         {"POST", CHAT, CALLED("{\\\"x\\\": \\\"\\\\u0000\\\"}", ""), 200, ""},
         {"POST", CHAT, CALLED("{\\\"x\\\": " NESTED "}", ""), 400, "64 levels of nesting"},
         // messages
@@ -1699,7 +1702,15 @@ static void newer_streams(void)
     json_decref(e);
     answer_finish(&a);
 
+    /* numbers that no double or int64 holds are the model's all the same */
+    script_reset("<tool_call>f<arg_key>k</arg_key><arg_value>[1e400, 99999999999999999999]"
+                 "</arg_value></tool_call>");
+    a = ask("POST", MESSAGES, "{\"max_tokens\":900," TOOL HI "}");
+    CHECK(strstr(a.body, "\"input\":{\"k\": [1e400, 99999999999999999999]}") != NULL);
+    answer_finish(&a);
+
     /* cut inside a call */
+    script_reset("a<tool_call>f<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>");
     a = ask("POST", MESSAGES, "{\"max_tokens\":8," TOOL HI "}");
     CHECK_STR(text_at(a.json, "stop_reason"), "max_tokens");
     CHECK_STR(text_at(a.json, "content.1.name"), "f");

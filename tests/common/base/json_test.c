@@ -40,7 +40,11 @@ static void bad_texts_are_refused(void)
                                       "\"\xc0\xaf\"",
                                       "\"\x01\"",
                                       "nul",
-                                      "[1e400]",
+                                      "[1e400x]",
+                                      "[01e400]",
+                                      "[1e+400+]",
+                                      "[1.e400]",
+                                      "[+1e400]",
                                       "\xef\xbb\xbf{}",
                                       "[099999999999999999999]",
                                       "[9999999999999999999x]",
@@ -76,6 +80,8 @@ static void clients_may_say_what_jansson_refuses(void)
          "{\"99999999999999999999\": \"\\\"99999999999999999999\\\\\", \"b\": 1e+20}"},
         {"[99999999999999999999.5, 99999999999999999999e2, 0.99999999999999999999]",
          "[1e+20, 1e+22, 1.0]"},
+        {"[1e308, 1e309, -1e309, 9E+308, 123.5e99999999999, 1e-400, \"1e400\"]",
+         "[1e+308, 1e+308, -1e+308, 1e+308, 1e+308, 0.0, \"1e400\"]"},
         {"\"a\\u0000b\"", "\"a\\u0000b\""},
     };
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
@@ -86,6 +92,14 @@ static void clients_may_say_what_jansson_refuses(void)
         free(got);
         json_decref(v);
     }
+    char digits[401];
+    memset(digits, '7', sizeof(digits));
+    digits[400] = 0;
+    json_t *v = NULL;
+    CHECK_OK(json_parse(digits, 400, &json_limits_request, &v));
+    CHECK(json_real_value(v) == 1e308);
+    json_decref(v);
+    CHECK_INT(parse("1e309", &tiny), ERR_INVALID);
     CHECK_INT(parse("9223372036854775808", &tiny), ERR_INVALID); // our own files have none of it
     CHECK_INT(parse("\"\\u0000\"", &tiny), ERR_INVALID);
 }

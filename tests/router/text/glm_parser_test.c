@@ -215,13 +215,13 @@ static void table_of_outputs(void)
     }
 }
 
-/* Complete arguments are JSON (of numbers, jansson takes only those that fit). */
+/* Complete arguments are JSON. */
 static void arguments_are_json(void)
 {
     for (size_t i = 0; i < n_rows; i++) {
         const char *from = strchr(rows[i].want, '|'), *end = strrchr(rows[i].want, '}');
         if (strncmp(rows[i].want, "f{", 2) || !from || strchr(from, '!') || strstr(from, "}f{") ||
-            strstr(from, "}c{") || strstr(from, "1e400") || strstr(from, "123456789012"))
+            strstr(from, "}c{"))
             continue;
         json_t *v = NULL;
         CHECK_OK(json_parse(from + 1, (size_t)(end - from - 1), &json_limits_request, &v));
