@@ -15,6 +15,10 @@
  * it. Suspects are resumed a few at a time per worker until each has proven itself with some
  * tokens; a second death under an unproven suspect ends it for good. So a poisonous request costs
  * at most max_deaths workers, and its neighbours go on.
+ *
+ * Workers also die together (a host, an operator). What was lost with one goes only to a worker
+ * that has been heard from some time later: it would be blamed for the death of one that was dead
+ * already.
  */
 #include "router/sched.h"
 
@@ -29,6 +33,7 @@
 #define OUTPUT_SHARE   4u     /* of the output still allowed, one part in so many gets pages */
 #define FULL_PREEMPTED 2u     /* preemptions after which all of it does */
 #define BACKOFF_US     20000u /* before trying again what a worker refused; doubles */
+#define ALIVE_US       50000u /* a beat so long after a death was not sent before it */
 #define N_AFFINITY     4096u
 #define START_US_TOKEN 100.0 /* until a worker's speed was measured */
 
@@ -69,6 +74,7 @@ struct req {
     uint32_t avoid_d; // where the last attempt failed
     bool preempted;   // the last attempt ended so
     uint64_t arrival_us, queued_us, attempt_us, first_us, not_before_us;
+    uint64_t alive_us; // only workers that sent a beat since may have it
 
     uint32_t cancel_p, cancel_d, cancel_attempt; // still to be told, or SCHED_NONE
     bool fail;                                   // likewise
@@ -84,12 +90,12 @@ struct worker {
     struct list held;
     uint32_t n_prefill;  // P: of held, without first token
     uint32_t n_suspects; // of held
-    uint64_t last_placed;
+    uint64_t last_placed, last_beat_us;
 
     // P
     uint64_t tokens, beat_tokens, tokens_since;
     double us_per_token;
-    uint64_t last_prompt_tokens, last_beat_us, busy_us;
+    uint64_t last_prompt_tokens, busy_us;
 
     // D
     uint64_t promised, beat_free, pages_since;
@@ -257,8 +263,8 @@ void sched_worker_beat(struct sched *s, uint32_t idx, const struct wire_beat *b,
             w->busy_us = 0;
         }
         w->last_prompt_tokens = b->prompt_tokens;
-        w->last_beat_us = now_us;
     }
+    w->last_beat_us = now_us;
     w->usable = true;
 }
 
@@ -298,6 +304,7 @@ void sched_worker_remove(struct sched *s, uint32_t idx, bool died, uint64_t now_
                      died ? "the worker that ran the request died"
                           : "the worker that ran the request left",
                      suspect, now_us);
+        r->alive_us = died ? now_us + ALIVE_US : 0;
     }
     while (s->n_workers > 0 && !s->workers[s->n_workers - 1].present)
         s->n_workers--;
@@ -687,9 +694,11 @@ static bool takes(const struct sched *s, const struct worker *w, enum wire_role 
 
 static bool needs_d(const struct req *r) { return r->max_tokens - r->n_emitted > 1; }
 
-static bool suspect_may_join(const struct sched *s, const struct worker *w, const struct req *r)
+/* Not now, if a death has something to do with it. */
+static bool may_join(const struct sched *s, const struct worker *w, const struct req *r)
 {
-    return r->n_deaths == 0 || w->n_suspects < 1 + s->n_suspects / SUSPECTS_SHARE;
+    return w->last_beat_us >= r->alive_us &&
+           (r->n_deaths == 0 || w->n_suspects < 1 + s->n_suspects / SUSPECTS_SHARE);
 }
 
 static uint64_t free_pages(const struct worker *w)
@@ -710,7 +719,7 @@ static uint32_t choose_d(const struct sched *s, const struct req *r, bool *held_
         if (!takes(s, w, WIRE_DECODE, r) || w->held.n >= w->info.max_running ||
             w->promised + promise > w->info.total_pages || input + w->pages_since > w->beat_free)
             continue;
-        if (!suspect_may_join(s, w, r)) {
+        if (!may_join(s, w, r)) {
             *held_back = true;
             continue;
         }
@@ -743,7 +752,7 @@ static uint32_t choose_p(const struct sched *s, const struct req *r, bool *held_
         if (!takes(s, w, WIRE_PREFILL, r) || w->n_prefill >= w->info.max_running ||
             (w->n_prefill > 0 && ahead >= (uint64_t)s->config.queue_chunks * w->info.chunk_tokens))
             continue;
-        if (!suspect_may_join(s, w, r)) {
+        if (!may_join(s, w, r)) {
             *held_back = true;
             continue;
         }

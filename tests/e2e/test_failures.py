@@ -109,6 +109,25 @@ def test_only_worker_killed(start, victim):
     works_again(c, want)
 
 
+@pytest.mark.parametrize("after", [1, 40])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_both_of_a_role_killed_at_once(start, role, after):
+    """Streams wait for the next life of either: that both died with them is nobody's fault."""
+    c = start("--mtp-step", 2, "--threads", 1, prefill=2, decode=2)
+    want = reference(c)
+    pids = c.pids()
+
+    def fault():
+        for i in range(2):
+            c.kill(f"{role}-{i}")
+
+    answers, after_s = under_load(c, fault, after)
+    check(answers, after_s, want, need_complete=N)
+    for i in range(2):
+        c.wait_restarted(f"{role}-{i}", pids[f"{role}-{i}"])
+    works_again(c, want)
+
+
 def test_ready_tells_the_truth(start):
     c = start("--mtp-step", 2)
     c.kill("decode-0", signal.SIGSTOP)

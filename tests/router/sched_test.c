@@ -9,6 +9,7 @@ static uint64_t now;
 static uint64_t next_id;
 static struct sched_action last; // what step saw
 static struct sched_config config;
+static bool present[4];
 
 static void worker(uint32_t idx, enum wire_role role, uint32_t total_pages, uint32_t max_running,
                    uint32_t chunk)
@@ -19,6 +20,7 @@ static void worker(uint32_t idx, enum wire_role role, uint32_t total_pages, uint
                                   .chunk_tokens = chunk,
                                   .max_total_tokens = 100000};
     sched_worker_add(s, idx, &i);
+    present[idx] = true;
     struct wire_beat b = {.free_pages = total_pages};
     sched_worker_beat(s, idx, &b, now);
 }
@@ -63,6 +65,22 @@ static void beat_free(uint32_t idx, uint32_t free_pages)
 {
     struct wire_beat b = {.free_pages = free_pages};
     sched_worker_beat(s, idx, &b, now);
+}
+
+/* 100 ms later. */
+static void all_beat(void)
+{
+    struct wire_beat b = {.free_pages = 1000};
+    now += 100000;
+    for (uint32_t i = 0; i < 4; i++)
+        if (present[i])
+            sched_worker_beat(s, i, &b, now);
+}
+
+static void lose(uint32_t idx, bool died)
+{
+    present[idx] = false;
+    sched_worker_remove(s, idx, died, now);
 }
 
 static void the_shorter_queue_wins(void)
@@ -140,7 +158,7 @@ static void most_free_pages_win(void)
 static void what_does_not_fit_waits_and_is_not_overtaken(void)
 {
     set_up();
-    sched_worker_remove(s, 3, false, now);
+    lose(3, false);
     uint32_t big = add(64 * 700, 64);
     CHECK_INT(step(), SCHED_PLACE);
     add(64 * 400, 64);
@@ -179,10 +197,10 @@ static void only_some_chunks_are_queued_at_a_worker(void)
 static void limits_of_workers_hold(void)
 {
     set_up();
-    sched_worker_remove(s, 0, false, now);
-    sched_worker_remove(s, 1, false, now);
-    sched_worker_remove(s, 2, false, now);
-    sched_worker_remove(s, 3, false, now);
+    lose(0, false);
+    lose(1, false);
+    lose(2, false);
+    lose(3, false);
     now += config.worker_wait_us;
     CHECK_INT(sched_admits(s, 1, now), ERR_UNAVAILABLE);
     worker(0, WIRE_PREFILL, 1000, 2, 1000);
@@ -256,7 +274,7 @@ static void resumed_streams_go_first(void)
             if (sched_holds(s, r[i], 0, d))
                 sched_token(s, r[i], d, 3, now);
     add(10, 100);
-    sched_worker_remove(s, 2, false, now); // said goodbye: nobody is suspected
+    lose(2, false); // said goodbye: nobody is suspected
     int n = 0;
     while (step() >= 0) {
         if (last.id == 7)
@@ -283,8 +301,9 @@ static void suspects_are_taken_one_by_one(void)
         sched_token(s, r[i], d, 3, now);
     }
     CHECK_INT(n_at_2, 5);
-    sched_worker_remove(s, 2, true, now);
+    lose(2, true);
     CHECK_INT(sched_get_stats(s).n_suspects, 5);
+    all_beat();
     CHECK_INT(place_all(), 1);
     uint32_t first = last.req;
     add(10, 100); // others pass
@@ -296,22 +315,71 @@ static void suspects_are_taken_one_by_one(void)
     uint32_t poison = last.req;
     uint64_t poison_id = last.id;
     sched_token(s, poison, 3, 4, now);
-    sched_worker_remove(s, 3, true, now);
+    lose(3, true);
     while (step() == SCHED_CANCEL)
         ;
     CHECK_INT(last.what, SCHED_FAIL); // only the one that was there both times
     CHECK_INT(last.id, poison_id);
     CHECK_INT(last.code, ERR_INTERNAL);
     CHECK_INT(step(), -1);
+    all_beat();
     worker(2, WIRE_DECODE, 1000, 100, 0);
     CHECK(place_all() > 0);
+    sched_destroy(s);
+}
+
+/* All of a kind are killed at once, and the router hears of one after the other: nobody's fault. */
+static void workers_that_die_together_blame_nobody(void)
+{
+    set_up();
+    uint32_t r = add(10, 100);
+    CHECK_INT(step(), SCHED_PLACE);
+    uint32_t p = last.p;
+    lose(p, true);
+    beat_free(2, 1000); // sent before the death, read behind it
+    beat_free(3, 1000);
+    beat_free(1 - p, 0);
+    CHECK_INT(step(), SCHED_CANCEL); // at D
+    CHECK_INT(step(), -1);
+    add(10, 100); // no try of others is wasted on waiting
+    CHECK_INT(step(), SCHED_PLACE);
+    CHECK_INT(last.p, 1 - p);
+    lose(1 - p, true);
+    CHECK_INT(step(), SCHED_CANCEL);
+    CHECK_INT(step(), -1);
+    worker(0, WIRE_PREFILL, 1000, 100, 1000);
+    worker(1, WIRE_PREFILL, 1000, 100, 1000);
+    all_beat();
+    CHECK_INT(place_all(), 2);
+    CHECK_INT(sched_state(s, r), SCHED_PREFILL);
+
+    // As for decode workers, with streams that have begun.
+    sched_destroy(s);
+    set_up();
+    r = add(10, 100);
+    CHECK_INT(step(), SCHED_PLACE);
+    uint32_t d = last.d;
+    sched_token(s, r, d, 3, now);
+    lose(d, true);
+    CHECK_INT(step(), -1);
+    lose(5 - d, true);
+    worker(d, WIRE_DECODE, 1000, 100, 0);
+    all_beat();
+    CHECK_INT(step(), SCHED_PLACE);
+    CHECK_INT(last.d, d);
+    sched_token(s, r, d, 4, now);
+    lose(d, true); // this one had been heard from since
+    while (step() == SCHED_CANCEL)
+        ;
+    CHECK_INT(last.what, SCHED_FAIL);
+    CHECK_INT(last.code, ERR_INTERNAL);
     sched_destroy(s);
 }
 
 static void a_preempted_request_counts_in_full(void)
 {
     set_up();
-    sched_worker_remove(s, 3, false, now);
+    lose(3, false);
     uint32_t r = add(640, 6400);
     CHECK_INT(step(), SCHED_PLACE);
     uint64_t at_first = sched_get_worker_stats(s, 2).promised_pages;
@@ -351,9 +419,9 @@ static void attempts_are_bounded(void)
 static void the_last_worker_is_expected_back(void)
 {
     set_up();
-    sched_worker_remove(s, 2, true, now);
+    lose(2, true);
     CHECK_OK(sched_admits(s, 1, now)); // another decode worker is there
-    sched_worker_remove(s, 3, true, now);
+    lose(3, true);
     CHECK_OK(sched_admits(s, 1, now));
     uint32_t r = add(10, 10);
     CHECK_INT(place_all(), 0);
@@ -364,7 +432,7 @@ static void the_last_worker_is_expected_back(void)
     CHECK_INT(place_all(), 1);
     CHECK_INT(last.req, r);
 
-    sched_worker_remove(s, 2, false, now);
+    lose(2, false);
     add(10, 10);
     now += config.worker_wait_us;
     CHECK_INT(sched_admits(s, 1, now), ERR_UNAVAILABLE);
@@ -419,6 +487,7 @@ int main(void)
     RUN(cancels_come_before_the_next_attempt);
     RUN(resumed_streams_go_first);
     RUN(suspects_are_taken_one_by_one);
+    RUN(workers_that_die_together_blame_nobody);
     RUN(a_preempted_request_counts_in_full);
     RUN(attempts_are_bounded);
     RUN(the_last_worker_is_expected_back);
