@@ -10,7 +10,9 @@
  * 3. Draining starts at the router, because only it knows when the last answer is out. Until then
  *    workers that die are started again: the answers that run go on there.
  * 4. Children are in process groups of their own, so that Ctrl-C reaches the launcher alone and
- * rule 3 holds; PR_SET_PDEATHSIG ends them if the launcher is killed.
+ * rule 3 holds.
+ * 5. PR_SET_PDEATHSIG ends them at once if the launcher is killed: workers leave, and the router
+ * has nothing to drain for. SIGQUIT tells it so.
  *
  * We fork ourselves rather than by uv_spawn, which has no place for the prctl. Nothing else forks
  * or runs threads here, so SIGCHLD is ours.
@@ -273,7 +275,7 @@ static void read_last_lines(struct child *c)
 
 /* ---- one child ---- */
 
-static void exec_child(char **argv, const cpu_set_t *cpus, int out, pid_t launcher)
+static void exec_child(char **argv, const struct plan_proc *proc, int out, pid_t launcher)
 {
     for (int i = 1; i < NSIG; i++)
         signal(i, SIG_DFL); // SIGKILL and SIGSTOP refuse
@@ -282,11 +284,12 @@ static void exec_child(char **argv, const cpu_set_t *cpus, int out, pid_t launch
     sigprocmask(SIG_SETMASK, &none, NULL);
     unsetenv("NOTIFY_SOCKET"); // ours
     setpgid(0, 0);
-    prctl(PR_SET_PDEATHSIG, SIGTERM);
+    prctl(PR_SET_PDEATHSIG, proc->role == CONFIG_ROUTER ? SIGQUIT : SIGTERM);
     if (getppid() != launcher) // it died before the prctl
         _exit(1);
-    if (CPU_COUNT(cpus))
-        sched_setaffinity(0, sizeof *cpus, cpus); // a preference: without it all still works
+    if (CPU_COUNT(&proc->cpus))
+        sched_setaffinity(0, sizeof proc->cpus,
+                          &proc->cpus); // a preference: without it all still works
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (null >= 0)
         dup2(null, STDIN_FILENO);
@@ -322,7 +325,7 @@ static void start_child(struct child *c)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pid_t launcher = getpid(), pid = fork();
     if (pid == 0)
-        exec_child(argv, &c->proc->cpus, fds[1], launcher);
+        exec_child(argv, c->proc, fds[1], launcher);
     int fork_errno = errno;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     plan_free_argv(argv);

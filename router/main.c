@@ -5,7 +5,8 @@
  *
  * In DRAINING nothing new is accepted and running answers go on; what is left when drain_timeout_s
  * has passed is cut with an error. In CLOSING the last bytes get a moment to leave. A second signal
- * ends the process at once.
+ * ends the process at once. SIGQUIT (the launcher is gone, and the workers with it) drains in no
+ * time: what runs is cut, with an error.
  */
 #include <inttypes.h>
 #include <signal.h>
@@ -45,7 +46,7 @@ struct router {
     struct http_handler api_handler;
     struct http_server *http;
     struct admin *admin;
-    uv_signal_t sigterm, sigint, sighup;
+    uv_signal_t sigterm, sigint, sigquit, sighup;
     uv_timer_t check, watchdog;
     bool draining, closing;
     uint64_t started_us;
@@ -55,6 +56,7 @@ struct router {
 static enum err start(struct router *r);
 static void drain(struct router *r, const char *why);
 static void on_signal(uv_signal_t *s, int signum);
+static void on_quit(uv_signal_t *s, int signum);
 static void on_hangup(uv_signal_t *s, int signum);
 static void on_check(uv_timer_t *t);
 static void on_watchdog(uv_timer_t *t);
@@ -210,11 +212,14 @@ static enum err start(struct router *r)
     uv_unref((uv_handle_t *)&r->watchdog);
     uv_signal_init(&r->loop, &r->sigterm);
     uv_signal_init(&r->loop, &r->sigint);
+    uv_signal_init(&r->loop, &r->sigquit);
     uv_signal_init(&r->loop, &r->sighup);
     r->started_us = clock_now_us();
-    r->check.data = r->watchdog.data = r->sigterm.data = r->sigint.data = r->sighup.data = r;
+    r->check.data = r->watchdog.data = r;
+    r->sigterm.data = r->sigint.data = r->sigquit.data = r->sighup.data = r;
     uv_signal_start(&r->sigterm, on_signal, SIGTERM);
     uv_signal_start(&r->sigint, on_signal, SIGINT);
+    uv_signal_start(&r->sigquit, on_quit, SIGQUIT);
     uv_signal_start(&r->sighup, on_hangup, SIGHUP);
 
     int port = http_server_port(r->http);
@@ -293,6 +298,15 @@ static void on_signal(uv_signal_t *s, int signum)
     drain(r, signum == SIGTERM ? "SIGTERM" : "SIGINT");
 }
 
+static void on_quit(uv_signal_t *s, int signum)
+{
+    struct router *r = s->data;
+    (void)signum;
+    drain(r, "SIGQUIT");
+    if (!r->closing)
+        r->deadline_us = clock_now_us();
+}
+
 /* As daemons do: what can be read again is read again. */
 static void on_hangup(uv_signal_t *s, int signum)
 {
@@ -330,6 +344,7 @@ static void close_all(struct router *r)
     r->admin = NULL;
     uv_close((uv_handle_t *)&r->sigterm, NULL);
     uv_close((uv_handle_t *)&r->sigint, NULL);
+    uv_close((uv_handle_t *)&r->sigquit, NULL);
     uv_close((uv_handle_t *)&r->sighup, NULL);
     uv_close((uv_handle_t *)&r->check, NULL);
     uv_timer_start(&r->watchdog, on_watchdog, EXIT_MS, 0);

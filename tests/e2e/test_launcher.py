@@ -1,5 +1,6 @@
 """`baton` itself: flags, topologies, supervision."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 
 import pytest
 
-from cluster import BATON, BUILD, DEMO_MODEL, ROOT, SLOWER, wait
+from cluster import BATON, BUILD, DEMO_MODEL, ROOT, SLOWER, stream, wait
 
 
 def baton(*args, **kw):
@@ -120,12 +121,21 @@ def test_tells_the_service_manager(start, tmp_path):
 
 
 def test_launcher_killed(start):
-    """kill -9 of the launcher takes everything with it: no orphan keeps a port or a GPU."""
-    c = start()
+    """kill -9 of the launcher takes everything with it: no orphan keeps a port or a GPU, and no answer waits
+    for workers that nobody will start again."""
+    c = start("--device", "mock")
     c.broken = True
     pids = {k: v for k, v in c.pids().items() if k != "launcher"}
-    c.process.send_signal(signal.SIGKILL)
-    c.process.wait()
+
+    def kill(answer):
+        if len(answer.events) == 2 and c.process.poll() is None:
+            c.process.send_signal(signal.SIGKILL)
+            c.process.wait()
+
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 2000, "ignore_eos": True}}
+    answer = asyncio.run(stream(c, "/generate_stream", body, on_event=kill, timeout=10))
+    assert answer.error and not answer.whole, answer.error
+    assert "shutting down" in answer.error, answer.error
 
     def gone(pid):
         try:
