@@ -6,8 +6,9 @@ four workloads at full size (dummy weights) without MTP and with it.
 
 PREFIX is what tests/device/pack made; ShareGPT's prompts where PREFIX/sharegpt.jsonl is, else synthetic ones.
 Four GPUs run two prefill and two decode workers, two or three one of each, one GPU both roles with shared
-weights and KV pools for its memory: deploy/topologies. Workloads are cut to the budget: those with a rate to
-40 s, the others to the requests that their share of the time holds, all 2000 where it can.
+weights and KV pools for its memory: deploy/topologies. A cluster is first kept busy for some seconds, which
+tells its rate. Workloads are cut to the budget: those with a rate to 40 s, the others to the requests that their
+share of the time holds at that rate, all 2000 where it can.
 
 OUT gets summary.md, summary.json, report.html and log, written anew after every step: a run that is killed
 leaves what it had. The exit code is 1 if a step failed. --first: demo, the demo model's goldens; faults,
@@ -20,6 +21,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -28,8 +30,7 @@ import time
 from prefix import ROOT, flash_dir, sharegpt, use
 
 # Requests, requests a second (None: as fast as they are answered) and what LightLLM publishes for four H200:
-# output tokens/s, mean TTFT and mean E2E in ms. How many requests the first may have is a guess; where 512 are
-# in flight that matters less than in a burst.
+# output tokens/s, mean TTFT and mean E2E in ms.
 WORKLOADS = {
     "high-conc": (2000, None, (6728, 1099, 11240)),
     "burst": (2000, None, (6442, 11476, 27719)),
@@ -42,6 +43,7 @@ LEAST_S = 15           # of a workload without one
 FEWEST = 8             # requests
 CLUSTER_S = 45         # to start and to stop one
 ONE_H200_MIB = 135000  # what its pools and the weights want
+WARM_UP_S = 8          # at the concurrency of high-conc
 TOKENS_PER_S_GPU = 1500  # until something has been measured: rather too few than too many
 MEAN_OUTPUT = 194      # tokens of an answer where baton bench draws the lengths
 ACCEPTANCE = 0.7       # simulated: dummy weights cannot draft
@@ -81,11 +83,13 @@ def n_requests(workload, seconds, tokens_per_s, mean_output):
 
 def share(left_s, jobs):
     """Seconds for the first of jobs, [(MTP, workload)]: those with a rate take what they need as long as
-    LEAST_S are left to each of the others, which share the rest."""
-    left_s -= CLUSTER_S * len({mtp for mtp, _ in jobs[1:]} - {jobs[0][0]})
+    LEAST_S are left to each of the others, which share the rest. Of very little all get the same."""
+    n_clusters = len({mtp for mtp, _ in jobs[1:]} - {jobs[0][0]})
+    left_s -= n_clusters * min(CLUSTER_S + WARM_UP_S, left_s / 4)
+    least_s = min(LEAST_S, left_s / len(jobs))
     n_rated = sum(WORKLOADS[w][1] is not None for _, w in jobs)
     n_other = len(jobs) - n_rated
-    rated_s = min(RATE_S + TAIL_S, (left_s - LEAST_S * n_other) / n_rated) if n_rated else 0
+    rated_s = min(RATE_S + TAIL_S, (left_s - least_s * n_other) / n_rated) if n_rated else 0
     return rated_s if WORKLOADS[jobs[0][1]][1] else (left_s - rated_s * n_rated) / n_other
 
 
@@ -101,7 +105,8 @@ class Run:
         self.log_file = open(self.out / "log", "a", buffering=1)
         self.stopped = self.may_stop = False
         self.nccl_figures = None
-        self.steps, self.runs, self.tokens_per_s = [], [], self.gpus * TOKENS_PER_S_GPU
+        self.steps, self.runs, self.warm_up_rates = [], [], {}
+        self.tokens_per_s = self.gpus * TOKENS_PER_S_GPU
         self.model, self.data = flash_dir(), sharegpt(prefix)
         self.mean_output = MEAN_OUTPUT
         if self.data:
@@ -239,6 +244,35 @@ class Run:
             raise RuntimeError(f"{s['failed'] + s['unfinished']} of {n} requests failed: {s['failures']}")
         return f"{n} requests, {s['output_throughput']:.0f} output tokens/s, TTFT {s['mean_ttft_ms']:.0f} ms"
 
+    def warm_up(self, cluster, mtp, limit_s):
+        """As many in flight as high-conc has; prompts of its own, which no prefix cache shall know later. The rate
+        counts from the first token on, so that the first prompts' way to it is no part of it."""
+        def tokens():
+            found = re.search(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", cluster.get("/metrics")[2], re.M)
+            return float(found[1]) if found else 0
+
+        begun, first_s, n = time.monotonic(), None, 0
+        command = [str(x) for x in (self.prefix / "baton-bench", "--url", cluster.url, "--workload", "high-conc",
+                                    "--vocab-size", "2900", "--seed", "1", "--progress", "off")]
+        self.log_file.write("$ " + " ".join(command) + "\n")
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log_file, stdin=subprocess.DEVNULL,
+                             cwd=ROOT, start_new_session=True)
+        try:
+            before, spent_s = tokens(), 0
+            with self.waiting():
+                while p.poll() is None and spent_s < limit_s:
+                    time.sleep(0.1)
+                    spent_s, n = time.monotonic() - begun, tokens() - before
+                    first_s = first_s or (n and spent_s)
+        finally:
+            p.terminate()
+            p.wait()
+        cluster.wait_idle(10)  # what the load left behind is cancelled
+        if not n:
+            raise RuntimeError(f"no token within {spent_s:.0f} s")
+        self.tokens_per_s = self.warm_up_rates[mtp] = round(n / max(spent_s - first_s, 0.1), 1)
+        return f"{self.tokens_per_s:.0f} output tokens/s"
+
     def idle(self, cluster, mtp, limit_s):
         (self.out / f"metrics-mtp-{mtp}.txt").write_text(cluster.get("/metrics")[2])
         cluster.wait_idle(limit_s)
@@ -260,6 +294,8 @@ class Run:
             self.step(f"start, MTP {mtp}", 120, start)
             if self.steps[-1]["outcome"] != "ok":
                 return
+            self.step(f"warm-up, MTP {mtp}", min(WARM_UP_S, max(2, self.left_s() / 20)),
+                      lambda limit_s: self.warm_up(made[0], mtp, limit_s))
             while jobs and jobs[0][0] == mtp:
                 workload = jobs[0][1]
                 seconds = share(self.left_s(), jobs)
@@ -319,7 +355,7 @@ class Run:
                 "gpus": self.gpus, "pretended": bool(self.a.pretend), "topology": self.topology.stem,
                 "data": "sharegpt" if self.data else "synthetic", "failed": self.failed,
                 "seconds": round(time.monotonic() - self.begun, 1), "steps": self.steps,
-                "nccl": self.nccl_figures, "runs": self.runs}, indent=1) + "\n"}
+                "nccl": self.nccl_figures, "warm_up_tokens_per_s": self.warm_up_rates, "runs": self.runs}, indent=1) + "\n"}
         for name, text in texts.items():
             (self.out / f".{name}").write_text(text)
             os.replace(self.out / f".{name}", self.out / name)
