@@ -44,18 +44,12 @@ static void take_prefill(const json_t *messages, struct api_params *p)
 static enum err render(struct api_call *call, const json_t *body)
 {
     struct api_failure *f = &call->failure;
-    struct api_history h = {0};
-    json_t *tools = NULL;
-    enum err e = read_system(json_object_get(body, "system"), &h, f);
-    if (e == ERR_OK)
-        e = read_messages(json_object_get(body, "messages"), &h, f);
-    if (e == ERR_OK)
-        e = read_tools(json_object_get(body, "tools"), &tools, f);
-    if (e == ERR_OK)
-        e = api_history_render(&h, tools, call);
-    json_decref(tools);
-    api_history_finish(&h);
-    return e;
+    __attribute__((cleanup(api_history_finish))) struct api_history h = {0};
+    json_auto_t *tools = NULL;
+    TRY(read_system(json_object_get(body, "system"), &h, f));
+    TRY(read_messages(json_object_get(body, "messages"), &h, f));
+    TRY(read_tools(json_object_get(body, "tools"), &tools, f));
+    return api_history_render(&h, tools, call);
 }
 
 static enum err count_parse(struct api_call *call, const json_t *body)

@@ -27,22 +27,15 @@ static enum err render(struct api_call *call, const json_t *body)
 {
     struct api_failure *f = &call->failure;
     const json_t *instructions = json_object_get(body, "instructions");
-    struct api_history h = {0};
-    json_t *tools = NULL;
-    enum err e = ERR_OK;
+    __attribute__((cleanup(api_history_finish))) struct api_history h = {0};
+    json_auto_t *tools = NULL;
     if (json_is_string(instructions))
         api_history_text(&h, "system", instructions);
     else if (instructions && !json_is_null(instructions))
-        e = api_refuse(f, "instructions", "instructions must be a string");
-    if (e == ERR_OK)
-        e = read_input(json_object_get(body, "input"), &h, f);
-    if (e == ERR_OK)
-        e = read_tools(json_object_get(body, "tools"), &tools, f);
-    if (e == ERR_OK)
-        e = api_history_render(&h, tools, call);
-    json_decref(tools);
-    api_history_finish(&h);
-    return e;
+        return api_refuse(f, "instructions", "instructions must be a string");
+    TRY(read_input(json_object_get(body, "input"), &h, f));
+    TRY(read_tools(json_object_get(body, "tools"), &tools, f));
+    return api_history_render(&h, tools, call);
 }
 
 static enum err responses_parse(struct api_call *call, const json_t *body)
