@@ -35,7 +35,6 @@ struct prefix_cache {
     uint32_t *buckets;
     uint32_t bucket_mask;
     uint32_t oldest, newest;
-    struct prefix_stats stats;
 };
 
 static uint32_t entry_find(const struct prefix_cache *c, uint64_t key, uint64_t salt,
@@ -98,8 +97,6 @@ uint32_t prefix_cache_lookup(struct prefix_cache *c, uint64_t salt, const int32_
         ret[n_found++] = parent = page;
     }
     branch_renew(c, parent);
-    c->stats.queried_tokens += n;
-    c->stats.hit_tokens += (uint64_t)n_found * PAGE_TOKENS;
     return n_found;
 }
 
@@ -132,7 +129,6 @@ uint32_t prefix_cache_evict(struct prefix_cache *c, uint32_t n_wanted)
         entry_remove(c, page);
         n_freed++;
     }
-    c->stats.n_evicted += n_freed;
     return n_freed;
 }
 
@@ -141,8 +137,6 @@ void prefix_cache_clear(struct prefix_cache *c)
     while (c->oldest != NONE) // children before parents
         entry_remove(c, c->oldest);
 }
-
-struct prefix_stats prefix_cache_stats(const struct prefix_cache *c) { return c->stats; }
 
 /* ---- entries ---- */
 
@@ -184,7 +178,6 @@ static void entry_add(struct prefix_cache *c, uint32_t page, uint64_t key, uint6
     c->newest = page;
     if (parent != NONE)
         c->entries[parent].n_children++;
-    c->stats.n_pages++;
 }
 
 static void age_unlink(struct prefix_cache *c, struct entry *e)
@@ -205,7 +198,6 @@ static void entry_remove(struct prefix_cache *c, uint32_t page)
     if (e->parent != NONE)
         c->entries[e->parent].n_children--;
     e->is_cached = false;
-    c->stats.n_pages--;
     kv_pool_cache_unref(c->pool, page);
 }
 

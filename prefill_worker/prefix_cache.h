@@ -21,13 +21,6 @@
 
 struct prefix_cache;
 
-struct prefix_stats {
-    uint64_t queried_tokens; /* of all prompts looked up */
-    uint64_t hit_tokens;     /* of those, found */
-    uint64_t n_evicted;      /* pages */
-    uint32_t n_pages;        /* held now */
-};
-
 /* pool must outlive the cache. All memory is allocated here. */
 MUST_CHECK enum err prefix_cache_create(struct kv_pool *pool, struct prefix_cache **ret);
 void prefix_cache_destroy(struct prefix_cache *c); /* clears first */
@@ -50,7 +43,5 @@ uint32_t prefix_cache_evict(struct prefix_cache *c, uint32_t n_wanted);
 
 /* Forgets everything; pages that somebody still holds become free when let go. */
 void prefix_cache_clear(struct prefix_cache *c);
-
-struct prefix_stats prefix_cache_stats(const struct prefix_cache *c);
 
 #endif

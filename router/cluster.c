@@ -142,7 +142,6 @@ static void cluster_free(struct cluster *c)
 /* -- questions -- */
 
 const struct cluster_model *cluster_get_model(const struct cluster *c) { return &c->model; }
-size_t cluster_n_gens(const struct cluster *c) { return c->n_gens; }
 
 enum err cluster_admits(struct cluster *c, uint32_t n, int *ret_retry_after_s)
 {

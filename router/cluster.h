@@ -40,7 +40,6 @@ json_t *cluster_accounting(struct cluster *c);
 json_t *cluster_status(struct cluster *c);
 /* Opens --trace-file again, if there is one. */
 MUST_CHECK enum err cluster_reopen_trace(struct cluster *c);
-size_t cluster_n_gens(const struct cluster *c);
 void cluster_destroy(
     struct cluster *c); /* gens must have ended; memory goes when the loop has run */
 

@@ -1,10 +1,8 @@
-/* sse.h: server-sent events over a streamed answer. Each call is one event and one http_write, so
- * proxies and clients see whole events. Errors are http_write's: ERR_TOO_LARGE means the client was
- * cut off and the handler's gone follows. */
+/* sse.h: what all streams of server-sent events have in common; events with data are api.c's. Each
+ * call is one event and one http_write, so proxies and clients see whole events. Errors are
+ * http_write's: ERR_TOO_LARGE means the client was cut off and the handler's gone follows. */
 #ifndef BATON_SSE_H
 #define BATON_SSE_H
-
-#include <stddef.h>
 
 #include "common/base/err.h"
 
@@ -13,9 +11,6 @@ struct http_exchange;
 /* Starts the stream with status 200. Call it at the first token: until then an error can still have
  * a status of its own. */
 void sse_begin(struct http_exchange *x);
-
-/* "data: ...\n\n". text is one line, as JSON is; line feeds become further data lines. */
-MUST_CHECK enum err sse_write(struct http_exchange *x, const char *text, size_t n);
 
 /* ": keep-alive\n\n", a comment: every SSE parser ignores it, every proxy sees traffic. */
 MUST_CHECK enum err sse_keepalive(struct http_exchange *x);

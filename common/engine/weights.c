@@ -244,11 +244,6 @@ enum err weights_load(const char *dir, const struct model_config *config, int n_
     return weights_open(config, &s, ret);
 }
 
-enum err weights_dummy(const struct model_config *config, uint64_t seed, struct weights **ret)
-{
-    return weights_open(config, &(struct weights_source){.dummy_seed = seed}, ret);
-}
-
 enum err weights_bytes(const struct model_config *config, uint64_t *ret)
 {
     OWNED(weights) w = NULL;

@@ -75,8 +75,6 @@ MUST_CHECK enum err weights_none(const struct model_config *config, struct weigh
 /* weights_open into host memory. */
 MUST_CHECK enum err weights_load(const char *dir, const struct model_config *config, int n_threads,
                                  weights_progress_fn *progress, void *user, struct weights **ret);
-MUST_CHECK enum err weights_dummy(const struct model_config *config, uint64_t seed,
-                                  struct weights **ret);
 /* One tensor of a dummy model: n values at byte offset of the arena, fp32 or bf16. Value k is
  * scale * uniform(stream, k), see weights.c; scale 0 means that all are 1. */
 struct weights_region {

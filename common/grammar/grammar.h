@@ -100,7 +100,6 @@ MUST_CHECK enum err matcher_mask(struct matcher *m, struct grammar_state s, cons
 /* Moves on by one id. *ret_fits false: the mask forbids it, *s is unchanged. */
 MUST_CHECK enum err matcher_accept(struct matcher *m, struct grammar_state *s, int32_t id,
                                    bool *ret_fits);
-bool matcher_complete(const struct matcher *m, struct grammar_state s);
 
 /* Bytes in use. When they exceed limit, drops everything but live[n] (rewritten in place). Call it
  * between steps. */

@@ -337,11 +337,6 @@ enum err matcher_accept(struct matcher *m, struct grammar_state *s, int32_t id, 
     return ERR_OK;
 }
 
-bool matcher_complete(const struct matcher *m, struct grammar_state s)
-{
-    return m->states[s.at].accept;
-}
-
 /* ---- life ---- */
 
 static enum err begin(struct matcher *m)

@@ -70,9 +70,7 @@ static void a_prompt_is_found_again(void)
     CHECK_INT(hits(pool, c, 1, "abx"), 2);
     CHECK_INT(hits(pool, c, 1, "bc"), 0);  // not at its beginning
     CHECK_INT(hits(pool, c, 2, "abc"), 0); // another tenant
-    struct prefix_stats s = prefix_cache_stats(c);
-    CHECK_INT(s.hit_tokens, 8 * PAGE);
-    CHECK_INT(s.n_pages, 3);
+    CHECK_INT(kv_pool_counts(pool).cached, 3);
 }
 
 static void one_token_is_always_left_to_compute(void)
@@ -149,7 +147,6 @@ static void the_least_recently_used_goes_first(void)
     CHECK_INT(hits(pool, c, 0, "abc"), 2);
     CHECK_INT(prefix_cache_evict(c, 9), 2);
     CHECK_INT(kv_pool_counts(pool).free, 16);
-    CHECK_INT(prefix_cache_stats(c).n_evicted, 5);
 }
 
 static void what_somebody_holds_stays(void)
@@ -259,12 +256,22 @@ struct holder { // a request under way
     uint32_t pages[MAX_WORDS];
 };
 
+static bool is_held(const struct holder *holders, size_t n, uint32_t page)
+{
+    for (size_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < holders[i].n; j++)
+            if (holders[i].pages[j] == page)
+                return true;
+    return false;
+}
+
 static void random_prompts_agree_with_the_model(void)
 {
     OWNED(kv_pool) pool = pool_of(40);
     OWNED(prefix_cache) c = cache_of(pool);
     struct model m = {0};
     struct holder holders[4] = {0};
+    uint32_t n_all = 0, n_all_hit = 0, n_all_evicted = 0; // pages
     for (int step = 0; step < 30000; step++) {
         struct holder *h = &holders[rng(ARRAY_LEN(holders))];
         for (uint32_t i = 0; i < h->n; i++)
@@ -288,6 +295,8 @@ static void random_prompts_agree_with_the_model(void)
         for (uint32_t i = 0; i < n_hit; i++)
             CHECK_INT(h->pages[i], model_find(&m, words, i + 1)->page);
         h->n = n_hit;
+        n_all += n_words;
+        n_all_hit += n_hit;
 
         uint32_t n_new = n_words - n_hit, n_free = kv_pool_counts(pool).free;
         if (n_new > n_free) {
@@ -298,6 +307,7 @@ static void random_prompts_agree_with_the_model(void)
                 e->is_used = false;
             }
             CHECK_INT(prefix_cache_evict(c, n_evict), n_gone);
+            n_all_evicted += n_gone;
         }
         if (kv_pool_alloc(pool, n_new, h->pages + n_hit) == ERR_OK) {
             h->n = n_words;
@@ -307,10 +317,10 @@ static void random_prompts_agree_with_the_model(void)
                     model_add(&m, words, i + 1, h->pages[i]);
             model_use(&m, words, n_full);
         }
-        uint32_t n_cached = 0;
+        uint32_t n_cached = 0; // the pool counts what is also held as live
         for (size_t i = 0; i < ARRAY_LEN(m.e); i++)
-            n_cached += m.e[i].is_used;
-        CHECK_INT(prefix_cache_stats(c).n_pages, n_cached);
+            n_cached += m.e[i].is_used && !is_held(holders, ARRAY_LEN(holders), m.e[i].page);
+        CHECK_INT(kv_pool_counts(pool).cached, n_cached);
         kv_pool_check(pool);
         if (check_failures) {
             printf("at step %d\n", step);
@@ -322,11 +332,9 @@ static void random_prompts_agree_with_the_model(void)
             kv_pool_unref(pool, holders[i].pages[j]);
     prefix_cache_clear(c);
     CHECK_INT(kv_pool_counts(pool).free, 40);
-    printf("hit %.0f%% of %llu tokens, %llu pages evicted\n",
-           100.0 * (double)prefix_cache_stats(c).hit_tokens /
-               (double)prefix_cache_stats(c).queried_tokens,
-           (unsigned long long)prefix_cache_stats(c).queried_tokens,
-           (unsigned long long)prefix_cache_stats(c).n_evicted);
+    printf("hit %.0f%% of %u pages, %u pages evicted\n", 100.0 * n_all_hit / n_all, n_all,
+           n_all_evicted);
+    CHECK(n_all_hit > n_all / 4 && n_all_evicted > 1000); // the paths were taken
 }
 
 int main(void)

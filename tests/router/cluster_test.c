@@ -379,7 +379,7 @@ static int64_t dropped(const char *what)
 
 static void tear_down(void)
 {
-    UNTIL(cluster_n_gens(cluster) == 0 && requests("ending") == 0);
+    UNTIL(requests("gens") == 0 && requests("ending") == 0);
     CHECK_INT(requests("suspects"), 0);
     struct json_out o = {0};
     cluster_update_metrics(cluster);
@@ -674,14 +674,14 @@ static void both_sides_hear_of_a_cancel(void)
     fake_tokens(p0, c.id, 0, 0, 1, WIRE_RUNNING);
     UNTIL(c.n_ids == 1);
     gen_cancel(c.gen);
-    CHECK_INT(cluster_n_gens(cluster), 0);
+    CHECK_INT(requests("gens"), 0);
     UNTIL(find_seen(p0, WIRE_CANCEL, c.id, 0) && find_seen(d0, WIRE_CANCEL, c.id, 0));
 
     c.cancel_in_chunk = true; // from inside a callback
     client_start(&c, 30);
     UNTIL(find_seen(d0, WIRE_SUBMIT, c.id, 0));
     fake_tokens(d0, c.id, 0, 0, 2, WIRE_LENGTH);
-    UNTIL(cluster_n_gens(cluster) == 0);
+    UNTIL(requests("gens") == 0);
     CHECK(!c.ended && !c.failed);
 
     c.cancel_in_chunk = false; // before it was placed
@@ -975,7 +975,7 @@ static void what_does_not_fit_is_refused(void)
     p = params_of(9);
     p.n_prompt = 0;
     CHECK_INT(client_try(&c, &p), ERR_INVALID);
-    CHECK_INT(cluster_n_gens(cluster), 0);
+    CHECK_INT(requests("gens"), 0);
     tear_down();
 }
 

@@ -478,7 +478,7 @@ static void other_shapes_agree(void)
     m.vocab = 203;
     m.n_token_ids = 199;
     OWNED(weights) w = NULL;
-    CHECK_OK(weights_dummy(&m, 7, &w));
+    CHECK_OK(weights_open(&m, &(struct weights_source){.dummy_seed = 7}, &w));
     REQUIRE(w);
     int32_t token[150];
     for (int i = 0; i < 150; i++)

@@ -254,9 +254,9 @@ static void dummy_weights_are_reproducible(void)
     OWNED(weights) a = NULL;
     OWNED(weights) b = NULL;
     OWNED(weights) c = NULL;
-    CHECK_OK(weights_dummy(&demo, 1, &a));
-    CHECK_OK(weights_dummy(&demo, 1, &b));
-    CHECK_OK(weights_dummy(&demo, 2, &c));
+    CHECK_OK(weights_open(&demo, &(struct weights_source){.dummy_seed = 1}, &a));
+    CHECK_OK(weights_open(&demo, &(struct weights_source){.dummy_seed = 1}, &b));
+    CHECK_OK(weights_open(&demo, &(struct weights_source){.dummy_seed = 2}, &c));
     REQUIRE(a && b && c);
     CHECK_INT(a->arena_bytes, b->arena_bytes);
     CHECK(memcmp(a->arena, b->arena, a->arena_bytes) == 0);
