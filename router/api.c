@@ -213,6 +213,7 @@ static void failure_set(struct api_failure *f, int status, const char *code, con
               : status >= 500 ? "server_error"
                               : "invalid_request_error";
     f->retry_after_s = 0;
+    f->hopeless = false;
     snprintf(f->param, sizeof(f->param), "%s", param);
     vsnprintf(f->message, sizeof(f->message), fmt, ap);
     /* What was cut short may end inside a character. */
@@ -253,6 +254,7 @@ static void failure_from(struct api_failure *f, enum err code, const char *param
     /* 499 is for logs: nobody reads it. */
     int status = code == ERR_CANCELLED ? 500 : err_http(code);
     (void)api_fail(f, status, name, param, "%s", text);
+    f->hopeless = code == ERR_INTERNAL;
     if (status == 429 || status == 503)
         f->retry_after_s = 1;
 }
@@ -334,6 +336,8 @@ void api_reply_failure(struct api *a, struct http_exchange *x, const char *reque
         snprintf(text, sizeof(text), "%d000", f->retry_after_s);
         http_add_header(x, "retry-after-ms", text);
     }
+    if (f->hopeless) /* OpenAI's and Anthropic's SDKs know it */
+        http_add_header(x, "x-should-retry", "false");
     struct json_out o = {0};
     if (shape && shape->anthropic) {
         status = status == 503 ? 529 : status;

@@ -37,6 +37,7 @@ struct api_failure {
     char param[96];    /* the field, or "" */
     char message[640]; /* valid UTF-8 */
     int retry_after_s; /* 0: no Retry-After */
+    bool hopeless; /* the same request would fail again: clients that retry 5xx are told not to */
 };
 
 /* Record a failure and return an enum err for TRY. refuse: 400 about one field. */

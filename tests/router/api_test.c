@@ -68,6 +68,7 @@ static struct {
     const char *text;    /* what every gen says, then it ends with eos */
     int per_chunk;       /* tokens per chunk */
     int fail_after;      /* chunks; -1: never */
+    enum err fails;      /* then; ERR_OK: ERR_PEER_LOST */
     int hang_after;      /* chunks; -1: never */
     bool no_eos;
     enum err admits, start; /* answers of cluster_admits and of gen_start */
@@ -226,7 +227,7 @@ static void gen_step(struct gen *g)
         struct gen_callbacks cb = g->cb;
         void *user = g->user;
         gen_free(g);
-        cb.on_error(user, ERR_PEER_LOST, "the worker died");
+        cb.on_error(user, script.fails ? script.fails : ERR_PEER_LOST, "the worker died");
         return;
     }
     struct json_out fresh = {0}, text = {0};
@@ -1932,8 +1933,15 @@ static void failures_in_mid_stream(void)
     script.fail_after = 0; /* before the headers: a real status */
     a = ask("POST", CHAT, "{\"stream\":true," HI "}");
     CHECK_INT(a.status, 502);
+    CHECK_STR(header(&a, "x-should-retry"), "");
     CHECK(a.clean);
     answer_finish(&a);
+    script.fails = ERR_INTERNAL; /* a request that kills its workers must not come back by itself */
+    a = ask("POST", CHAT, "{" HI "}");
+    CHECK_INT(a.status, 500);
+    CHECK_STR(header(&a, "x-should-retry"), "false");
+    answer_finish(&a);
+    script.fails = ERR_OK;
     script.fail_after = 2;
     a = ask("POST", CHAT, "{" HI "}");
     CHECK_INT(a.status, 502);
