@@ -134,6 +134,25 @@ def test_dashboard_is_grafanas():
     assert n_choices > 100
 
 
+def test_open_descriptors(cluster):
+    def shown():
+        return int(cluster.get("/metrics")[2].split("\nprocess_open_fds ")[1].split("\n")[0])
+
+    def more(n):
+        """Each of n idle connections is one; the scrape's own is open while it is counted."""
+        wait(lambda: cluster.fds() == before + n, 5, f"{n} connections are open", cluster.log)
+        assert shown() == before + n + 1
+
+    wait(lambda: cluster.admin("router", "accounting")["http"]["connections"] == 0, 5, "no connections", cluster.log)
+    before = cluster.fds()
+    more(0)
+    held = [socket.create_connection((cluster.host, cluster.port)) for _ in range(20)]
+    more(20)
+    for s in held:
+        s.close()
+    more(0)
+
+
 def test_what_is_counted(cluster):
     def value(name, **labels):
         text = cluster.get("/metrics")[2]
