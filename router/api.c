@@ -20,6 +20,7 @@
 #include "common/base/clock.h"
 #include "common/base/hash.h"
 #include "common/base/log.h"
+#include "common/base/warm.h"
 #include "router/api_internal.h"
 #include "router/sse.h"
 
@@ -745,7 +746,25 @@ static void on_error(void *user, enum err code, const char *text)
     call_fail(choice->call);
 }
 
-static const struct gen_callbacks callbacks = {on_chunk, on_end, on_error};
+/* What a line of a stream needs, from the choice to the connection. */
+static void on_warm(void *user, int depth)
+{
+    const struct api_choice *choice = user;
+    const struct api_call *call = choice->call;
+    if (depth == 0) {
+        warm(choice, sizeof(*choice));
+    } else if (depth == 1) {
+        warm(call, offsetof(struct api_call, id));
+        warm(&call->params.stream, 1);
+    } else if (depth == 2) {
+        warm(call->head.data, call->head.len);
+        warm(call->x, call->x ? 1 : 0);
+    } else if (call->x) {
+        http_warm(call->x);
+    }
+}
+
+static const struct gen_callbacks callbacks = {on_chunk, on_end, on_error, on_warm};
 
 static enum err choice_start(struct api_choice *choice, uint32_t i)
 {

@@ -225,21 +225,25 @@ struct api_choice {
 enum { API_REQUEST_ID_BYTES = 132 }; // a client's, or ours, with its NUL
 
 struct api_call {
+    /* What every event needs, up to id, lies together. */
     struct api *api;
-    struct api_call *prev, *next; /* api->calls */
     struct http_exchange *x;
     const struct api_shape *shape;
     enum { CALL_ARRIVED, CALL_RUNNING, CALL_ENDED } state;
     bool in_pool, admitted;
     bool headers_out;
-    bool broken;      /* out of memory inside a callback: failed by the next tick */
+    bool broken; /* out of memory inside a callback: failed by the next tick */
+    uint64_t last_write_us;
+    struct json_out head;         /* what all lines of the stream begin with */
+    struct api_call *prev, *next; /* api->calls */
+
     bool stream_path; /* /generate_stream */
     char id[48], request_id[API_REQUEST_ID_BYTES];
     const char *path;         /* the route's */
     int status;               /* of the answer; 499: the client left before it */
     struct traceparent trace; /* the caller's; trace_id "": none */
     struct access_key *key;   /* that the call was taken from, or NULL */
-    uint64_t arrival_us, created_s, last_write_us;
+    uint64_t arrival_us, created_s;
     uv_work_t work;
     enum err work_result;
 
@@ -262,8 +266,7 @@ struct api_call {
     size_t n_each; /* choices per prompt */
     size_t n_choices, n_running;
     uint64_t seed;
-    struct json_out head; /* what all lines of the stream begin with */
-    uint32_t n_events;    /* of a stream whose events are numbered */
+    uint32_t n_events; /* of a stream whose events are numbered */
 };
 
 struct api {

@@ -27,7 +27,7 @@
 #define FLUSH_US 1000000u
 #define SEND_HWM 20000
 #define NO_PEER  UINT64_MAX
-#define FLUSH_AT 16u /* streams whose events are sent before the next ones are made */
+#define FLUSH_AT GENS_WARM_MAX /* streams whose events are sent before the next ones are made */
 
 static void on_hub(void *user, uint64_t peer, enum link_event event, const struct wire_msg *m,
                    const char *text);

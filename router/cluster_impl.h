@@ -74,7 +74,8 @@ void gen_submit(struct cluster *c, const struct sched_action *a);
 MUST_CHECK enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,
                              uint64_t now_us);
 /* What gen_take will read of these is on its way to the cache when this returns: gens of a step are
- * waited for together instead of one by one. */
+ * waited for together instead of one by one. n is at most GENS_WARM_MAX. */
+#define GENS_WARM_MAX 16u
 void gens_warm(const struct cluster *c, const uint64_t *ids, uint32_t n);
 void gen_attempt_failed(struct cluster *c, uint32_t worker, const struct wire_msg *m);
 void gen_fail(struct gen *g, enum err code, const char *text);

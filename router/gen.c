@@ -20,6 +20,7 @@
 #include "common/base/hash.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "common/base/warm.h"
 #include "router/cluster_impl.h"
 #include "router/text/detokenizer.h"
 #include "router/text/stop.h"
@@ -27,9 +28,6 @@
 #define PREFIX_TOKENS                                                                              \
     256u /* whole pages; prompts that share them go to the same prefill worker                     \
           */
-
-#define CACHE_LINE 64u
-#define USER_WARM  512u // of what callbacks get
 
 /* What a trace needs beyond the gen's own figures. */
 struct origin {
@@ -372,22 +370,26 @@ void gen_submit(struct cluster *c, const struct sched_action *a)
 
 void gens_warm(const struct cluster *c, const uint64_t *ids, uint32_t n)
 {
+    struct gen *g[GENS_WARM_MAX];
+    uint32_t n_found = 0;
+    assert(n <= GENS_WARM_MAX);
     if (!c->n_buckets)
         return;
     for (uint32_t i = 0; i < n; i++)
         __builtin_prefetch(bucket(c, ids[i]));
     for (uint32_t i = 0; i < n; i++)
         __builtin_prefetch(*bucket(c, ids[i]));
-    for (uint32_t i = 0; i < n; i++) {
-        const struct gen *g = table_find(c, ids[i]);
-        if (!g)
-            continue;
-        for (size_t at = 0; at < sizeof(*g); at += CACHE_LINE)
-            __builtin_prefetch((const char *)g + at);
-        for (size_t at = 0; at < USER_WARM; at += CACHE_LINE)
-            __builtin_prefetch((const char *)g->user + at);
-        __builtin_prefetch(g->ids + g->n_ids, 1);
+    for (uint32_t i = 0; i < n; i++)
+        if ((g[n_found] = table_find(c, ids[i])))
+            warm(g[n_found++], sizeof(struct gen));
+    for (uint32_t i = 0; i < n_found; i++) {
+        sched_warm(c->sched, g[i]->slot);
+        warm(g[i]->ids + g[i]->n_ids, sizeof(*g[i]->ids));
     }
+    for (int depth = 0; depth < GEN_WARM_DEPTH; depth++)
+        for (uint32_t i = 0; i < n_found; i++)
+            if (g[i]->cb.warm)
+                g[i]->cb.warm(g[i]->user, depth);
 }
 
 enum err gen_take(struct cluster *c, uint32_t worker, const struct wire_stream_view *v,

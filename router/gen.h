@@ -57,7 +57,12 @@ struct gen_callbacks {
     void (*on_chunk)(void *user, const struct gen_chunk *c);
     void (*on_end)(void *user, const struct gen_end *e);
     void (*on_error)(void *user, enum err code, const char *text);
+    /* on_chunk comes soon: warm.h for what it reads. Called with depth 0 .. GEN_WARM_DEPTH - 1 for
+     * many streams in turn, so that what was asked for at a depth can be read at the next one. May
+     * be NULL. */
+    void (*warm)(void *user, int depth);
 };
+#define GEN_WARM_DEPTH 4
 
 /* Whose output it is, for traces: all of it may be left out. */
 struct gen_origin {

@@ -51,6 +51,7 @@
 #include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/own.h"
+#include "common/base/warm.h"
 #include "router/http_parse.h"
 
 enum {
@@ -103,37 +104,40 @@ enum conn_state { IDLE, HEAD, BODY, WORK, FLUSH, LINGER, CLOSED };
 
 struct http_conn {
     uv_tcp_t tcp;
+    /* What every event of a stream needs, up to progress_ms, lies together. */
     int fd; /* tcp's */
-    struct http_server *server;
-    struct list all;   /* in server->conns */
-    struct list dirty; /* in server->dirty or server->flushed (self-linked when clean) */
     enum conn_state state;
-    uint32_t n_requests;
+    struct http_server *server;
+    struct list dirty; /* in server->dirty or server->flushed (self-linked when clean) */
+    struct bytes out;
+    struct queued *sending;
     bool close_after; /* no request follows the one in work */
     bool reading;
     bool peer_done; /* FIN seen */
     bool broken;    /* rule 3 */
     bool in_handler;
+    uint64_t progress_ms; /* when the client last took output */
+
+    struct list all; /* in server->conns */
+    uint32_t n_requests;
     uint64_t deadline_ms;     /* of IDLE, HEAD, LINGER; in BODY the total */
     uint64_t body_idle_ms;    /* the second one in BODY */
-    uint64_t progress_ms;     /* when the client last took output */
     size_t queue_seen;        /* libuv's queue at that time */
     size_t n_discarded;       /* in FLUSH and LINGER */
     struct http_parse *parse; /* in HEAD and BODY, and until the request callback returns */
     size_t n_body_bytes;      /* what its body takes */
     struct http_exchange *x;
-    struct bytes in, out;
-    struct queued *sending;
+    struct bytes in;
 };
 
 struct http_exchange {
     struct http_conn *conn;
     void *data;
-    struct bytes extra; /* added header lines */
-    bool shown;         /* the handler has seen it */
+    bool shown; /* the handler has seen it */
     bool http10, keep_alive, is_head;
     bool body_pending; /* the request is not read to its end */
     bool streaming, chunked, bodyless;
+    struct bytes extra; /* added header lines */
 };
 
 struct http_server {
@@ -811,6 +815,11 @@ enum err http_write(struct http_exchange *x, const char *data, size_t n)
     }
     c->out.len = (size_t)(at - c->out.data);
     return ERR_OK;
+}
+
+void http_warm(const struct http_exchange *x)
+{
+    warm(&x->conn->fd, offsetof(struct http_conn, all) - offsetof(struct http_conn, fd));
 }
 
 void http_end(struct http_exchange *x)

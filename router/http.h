@@ -91,6 +91,8 @@ void http_reply(struct http_exchange *x, int status, const char *content_type, c
  * http_server_flush, whichever is first. */
 void http_stream(struct http_exchange *x, int status, const char *content_type);
 enum err http_write(struct http_exchange *x, const char *data, size_t n);
+/* http_write comes soon: what it needs of the connection is asked for, the exchange is read now. */
+void http_warm(const struct http_exchange *x);
 void http_end(struct http_exchange *x);   /* proper end */
 void http_abort(struct http_exchange *x); /* flushes what was written, then closes without the last
                                              chunk: the client sees a broken stream */

@@ -27,6 +27,7 @@
 #include <string.h>
 
 #include "common/base/hash.h"
+#include "common/base/warm.h"
 
 #define PROVEN_TOKENS  4u     /* new tokens after which a suspect is cleared */
 #define SUSPECTS_SHARE 16u    /* one suspect at a time per worker, and one more per so many */
@@ -841,6 +842,8 @@ bool sched_holds(const struct sched *s, uint32_t i, uint32_t attempt, uint32_t w
     const struct req *r = &s->reqs[i];
     return r->attempt == attempt && worker != SCHED_NONE && (r->p == worker || r->d == worker);
 }
+
+void sched_warm(const struct sched *s, uint32_t i) { warm(&s->reqs[i], sizeof(s->reqs[i])); }
 
 struct sched_stats sched_get_stats(const struct sched *s)
 {

@@ -116,6 +116,8 @@ enum sched_state { SCHED_FREE, SCHED_QUEUED, SCHED_PREFILL, SCHED_DECODE, SCHED_
 enum sched_state sched_state(const struct sched *s, uint32_t req);
 /* Does this worker hold this attempt? If not, what it says about it is stale. */
 bool sched_holds(const struct sched *s, uint32_t req, uint32_t attempt, uint32_t worker);
+/* sched_holds and sched_token come soon for this request. */
+void sched_warm(const struct sched *s, uint32_t req);
 
 struct sched_stats {
     uint32_t n_new, n_resume; // waiting
