@@ -21,13 +21,14 @@
 #include "common/base/own.h"
 #include "router/cluster_impl.h"
 
-#define TICK_MS  50u
-#define PULSE_US 100000u
-#define DEAD_US  3000000u
-#define FLUSH_US 1000000u
-#define SEND_HWM 20000
-#define NO_PEER  UINT64_MAX
-#define FLUSH_AT GENS_WARM_MAX /* streams whose events are sent before the next ones are made */
+#define TICK_MS    50u
+#define PULSE_US   100000u
+#define DEAD_US    3000000u
+#define FLUSH_US   1000000u
+#define SEND_HWM   20000
+#define NO_PEER    UINT64_MAX
+#define FLUSH_AT   GENS_WARM_MAX /* streams whose events are sent before the next ones are made */
+#define LARGE_STEP 64u           /* streams from which on other threads are woken to send */
 
 static void on_hub(void *user, uint64_t peer, enum link_event event, const struct wire_msg *m,
                    const char *text);
@@ -457,24 +458,27 @@ static void take_beat(struct cluster *c, struct worker_entry *w, const struct wi
     cluster_kick(c);
 }
 
-/* Returns the time when the events that were written are with the kernel, or with the queue of a
- * client that does not read. */
-static uint64_t flush_events(struct cluster *c)
+void cluster_sent(struct cluster *c, size_t n, uint64_t sent_us)
 {
-    size_t n = c->flush ? c->flush(c->flush_user) : 0;
-    uint64_t now = clock_now_us();
-    metric_observe_many(cluster_metric(c, METRIC_event_delay), (double)(now - c->woken_us) / 1e6,
-                        n);
-    return now;
+    metric_observe_many(cluster_metric(c, METRIC_event_delay),
+                        (double)(sent_us - c->woken_us) / 1e6, n);
+}
+
+static void flush_events(struct cluster *c, bool more)
+{
+    if (c->flush)
+        c->flush(c->flush_user, more);
 }
 
 /* A step of hundreds of streams: the first clients do not wait for the last one's event, and what
- * a stream needs is still in the cache when its event is sent. */
+ * a stream needs is still in the cache when its event is sent. Other threads may send while we go
+ * on; all is sent when this returns, so that nothing of it is in the way of what comes next. */
 static void take_tokens(struct cluster *c, struct worker_entry *w, const struct wire_msg *m)
 {
     if (failpoint_pass("router.tokens") != FAILPOINT_NONE)
         return;
     struct wire_stream_view v;
+    bool large = ((const struct wire_tokens *)m->body)->n_streams >= LARGE_STEP;
     size_t offset = 0, ahead = 0, n_tokens = 0;
     uint32_t idx = w->idx, n_unsent = 0;
     uint64_t peer = w->peer, now = clock_now_us();
@@ -492,15 +496,17 @@ static void take_tokens(struct cluster *c, struct worker_entry *w, const struct 
         if (gen_take(c, idx, &v, now) != ERR_OK) {
             if (w->present && w->peer == peer)
                 cluster_lose(c, w, true, err_text(ERR_PROTO));
+            flush_events(c, false);
             return;
         }
         if (++n_unsent == FLUSH_AT) {
-            now = flush_events(c);
+            flush_events(c, large);
+            now = clock_now_us();
             n_unsent = 0;
         }
     }
-    if (n_unsent > 0)
-        (void)flush_events(c);
+    if (n_unsent > 0 || large)
+        flush_events(c, false);
     if (w->hello.role == WIRE_DECODE && n_tokens > 0)
         OBSERVE_N(c, iteration_tokens, n_tokens);
 }

@@ -22,14 +22,17 @@ struct cluster_config {
     struct cluster_model model;
     struct wire_fingerprint fingerprint; /* expected; kv_dtype, n_* as the first worker says if 0 */
     struct metrics *metrics;
-    /* Sends what callbacks of gens have written so far; returns to how many clients. NULL: all is
-     * sent when the loop comes round. */
-    size_t (*flush)(void *user);
+    /* Sends what callbacks of gens have written so far, and tells cluster_sent. more: it is called
+     * again at once for others of a large step, so this need not be complete when it returns. NULL:
+     * all is sent when the loop comes round. */
+    void (*flush)(void *user, bool more);
     void *user;
 };
 
 /* Binds config->router_endpoint and draws the epoch. */
 MUST_CHECK enum err cluster_create(const struct cluster_config *c, struct cluster **ret);
+/* n events of the message in work left at sent_us (clock_now_us). From inside flush only. */
+void cluster_sent(struct cluster *c, size_t n, uint64_t sent_us);
 /* Brings gauges that mirror state (queue, workers, pages) up to date before metrics_write. */
 void cluster_update_metrics(struct cluster *c);
 /* For the admin socket: requests by state, workers with their pages, epoch, stale counts, timers.

@@ -36,7 +36,7 @@ struct cluster {
     struct link_hub *hub;
     uint64_t epoch;
     struct wire_buf out;
-    size_t (*flush)(void *user); // of cluster_config
+    void (*flush)(void *user, bool more); // of cluster_config
     void *flush_user;
     struct sched *sched;
     struct workers workers;

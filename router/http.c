@@ -28,6 +28,8 @@
  * and a check handle (before and after the loop polls) service the dirty ones, and
  * http_server_flush sends earlier.
  * 5. At most one uv_write is under way per connection; what is written meanwhile waits in .out.
+ * Likewise what the sending threads were handed: .handed says so. They see the descriptor and the
+ * bytes, so a connection is not closed until server_settle took these back.
  * 6. CLOSED is entered in conn_close only, and memory goes in the close callback only.
  *
  * An idle connection is this struct and nothing else: buffers, parser and exchange come with a
@@ -53,6 +55,7 @@
 #include "common/base/own.h"
 #include "common/base/warm.h"
 #include "router/http_parse.h"
+#include "router/senders.h"
 
 enum {
     READ_BYTES = 64 * 1024,        /* one buffer for all connections */
@@ -62,7 +65,7 @@ enum {
     LINGER_MS = 2000,
     LINGER_BYTES = 16 << 20, /* many clients send all of a body before they read the 413 */
     MAX_REQUESTS_PER_CONNECTION = 1000,
-    MAX_SPARE = 32, /* output buffers that go round among the connections */
+    MAX_SPARE = 512, /* output buffers that go round among the connections */
     SPARE_BYTES = 2048,
     SMALL_BODY_BYTES = 64 * 1024, /* is read even if large ones hold all the memory */
     CHUNK_BYTES = 16 + 2 + 2,     /* at most, around a chunk's data */
@@ -115,6 +118,7 @@ struct http_conn {
     bool reading;
     bool peer_done; /* FIN seen */
     bool broken;    /* rule 3 */
+    bool handed;    /* rule 5 */
     bool in_handler;
     uint64_t progress_ms; /* when the client last took output */
 
@@ -153,6 +157,9 @@ struct http_server {
     struct list flushed;           /* dirty ones with nothing to send, but something to do */
     struct bytes spare[MAX_SPARE]; /* the last one is the one that the cache knows best */
     size_t n_spare;
+    struct senders *senders; /* NULL: the loop's thread sends */
+    http_sent_fn *sent;      /* from http_server_flush until one without more */
+    void *sent_user;
     size_t n_conns; /* not CLOSED */
     size_t n_exchanges;
     size_t n_body_bytes; /* of all connections */
@@ -171,6 +178,7 @@ static void conn_refuse(struct http_conn *c, int status, const char *why);
 static void conn_service(struct http_conn *c);
 static void conn_lost(struct http_conn *c);
 static void conn_close(struct http_conn *c);
+static void server_settle(struct http_server *s);
 static void conn_parse_drop(struct http_conn *c);
 static void exchange_end(struct http_exchange *x);
 
@@ -330,15 +338,17 @@ static void conn_append_text(struct http_conn *c, const char *text)
     conn_append(c, text, strlen(text));
 }
 
-/* All of .out is sent. A stream writes a line now and then: meanwhile its buffer serves others. */
-static void conn_spare_out(struct http_conn *c)
+/* All of b is sent. A stream writes a line now and then: meanwhile its buffer serves others. */
+static void conn_spare(struct http_conn *c, struct bytes b)
 {
     struct http_server *s = c->server;
-    c->out.len = 0;
-    if (c->out.cap > SPARE_BYTES || s->n_spare == MAX_SPARE)
-        return;
-    s->spare[s->n_spare++] = c->out;
-    c->out = (struct bytes){0};
+    b.len = 0;
+    if (b.cap <= SPARE_BYTES && s->n_spare < MAX_SPARE)
+        s->spare[s->n_spare++] = b;
+    else if (!c->out.data)
+        c->out = b;
+    else
+        free(b.data);
 }
 
 static void on_written(uv_write_t *req, int status)
@@ -356,31 +366,23 @@ static void on_written(uv_write_t *req, int status)
     conn_mark_dirty(c);
 }
 
-/* Hands .out to the kernel, and to libuv what the kernel does not take. Calls nobody back. */
-static void conn_flush(struct http_conn *c)
+/* send(2) said n, or error, about b, which was .out: what the kernel did not take goes to libuv. */
+static void conn_sent(struct http_conn *c, struct bytes b, ssize_t n, int error)
 {
-    if (c->sending || c->broken || c->out.len == 0)
-        return;
-    c->progress_ms = uv_now(c->server->loop);
-    /* libuv has nothing queued: as uv_try_write, with the cheaper system call. */
-    ssize_t n = send(c->fd, c->out.data, c->out.len, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (n < 0 && errno != EAGAIN && errno != EINTR && errno != ENOBUFS) {
-        c->broken = true;
-        return;
-    }
+    bool failed = n < 0 && error != EAGAIN && error != EINTR && error != ENOBUFS;
     size_t n_sent = n > 0 ? (size_t)n : 0;
-    if (n_sent == c->out.len) {
-        conn_spare_out(c);
+    if (n_sent == b.len) {
+        conn_spare(c, b);
         return;
     }
-    struct queued *queued = malloc(sizeof(*queued));
+    struct queued *queued = failed ? NULL : malloc(sizeof(*queued));
     if (!queued) {
         c->broken = true;
+        free(b.data);
         return;
     }
-    queued->data = c->out.data;
-    uv_buf_t buf = uv_buf_init(c->out.data + n_sent, (unsigned)(c->out.len - n_sent));
-    c->out = (struct bytes){0};
+    queued->data = b.data;
+    uv_buf_t buf = uv_buf_init(b.data + n_sent, (unsigned)(b.len - n_sent));
     if (uv_write(&queued->req, (uv_stream_t *)&c->tcp, &buf, 1, on_written)) {
         free(queued->data);
         free(queued);
@@ -389,6 +391,57 @@ static void conn_flush(struct http_conn *c)
     }
     c->sending = queued;
     c->queue_seen = uv_stream_get_write_queue_size((uv_stream_t *)&c->tcp);
+}
+
+static bool conn_can_send(const struct http_conn *c)
+{
+    return !c->sending && !c->broken && c->out.len > 0;
+}
+
+/* Hands .out to the kernel, and to libuv what the kernel does not take. Calls nobody back. */
+static void conn_flush(struct http_conn *c)
+{
+    if (c->handed)
+        server_settle(c->server);
+    if (!conn_can_send(c))
+        return;
+    c->progress_ms = uv_now(c->server->loop);
+    struct bytes b = c->out;
+    c->out = (struct bytes){0};
+    /* libuv has nothing queued: as uv_try_write, with the cheaper system call. */
+    ssize_t n = send(c->fd, b.data, b.len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    conn_sent(c, b, n, errno);
+}
+
+/* A connection that just streams on needs no service: those with more to do get it next to the
+ * loop's poll. */
+static void conn_flushed(struct http_conn *c)
+{
+    bool streams_on = c->state == WORK && c->reading && !c->sending && !c->broken;
+    if (!streams_on && list_is_empty(&c->dirty))
+        list_append(&c->server->flushed, &c->dirty);
+}
+
+/* Takes back a batch that is sent. */
+static void server_take_back(struct http_server *s, const struct send_batch *batch)
+{
+    for (uint32_t i = 0; i < batch->n; i++) {
+        const struct send_job *j = &batch->jobs[i];
+        struct http_conn *c = j->user;
+        c->handed = false;
+        conn_sent(c, (struct bytes){j->data, j->n, j->cap}, j->n_sent, j->error);
+        conn_flushed(c);
+    }
+    if (s->sent)
+        s->sent(s->sent_user, batch->n, batch->sent_us);
+}
+
+/* Afterwards no connection is .handed. */
+static void server_settle(struct http_server *s)
+{
+    const struct send_batch *batch;
+    while (s->senders && (batch = senders_collect(s->senders, true)))
+        server_take_back(s, batch);
 }
 
 /* ---- input ---- */
@@ -844,6 +897,8 @@ static void conn_close(struct http_conn *c)
 {
     if (c->state == CLOSED)
         return;
+    if (c->handed)
+        server_settle(c->server);
     c->state = CLOSED;
     c->server->n_conns--;
     c->fd = -1;
@@ -899,6 +954,7 @@ static void conn_service(struct http_conn *c)
 
 static void server_service(struct http_server *s)
 {
+    server_settle(s);
     while (!list_is_empty(&s->flushed) || !list_is_empty(&s->dirty)) {
         struct list *from = list_is_empty(&s->flushed) ? &s->dirty : &s->flushed;
         struct http_conn *c = list_entry(from->next, dirty);
@@ -907,7 +963,7 @@ static void server_service(struct http_server *s)
     }
 }
 
-size_t http_server_flush(struct http_server *s)
+static void flush_here(struct http_server *s)
 {
     size_t n = 0;
     while (!list_is_empty(&s->dirty)) {
@@ -915,11 +971,71 @@ size_t http_server_flush(struct http_server *s)
         list_remove(&c->dirty);
         n += c->out.len > 0;
         conn_flush(c);
-        bool streams_on = c->state == WORK && c->reading && !c->sending && !c->broken;
-        if (!streams_on)
-            list_append(&s->flushed, &c->dirty);
+        conn_flushed(c);
     }
-    return n;
+    if (n && s->sent)
+        s->sent(s->sent_user, n, clock_now_us());
+}
+
+/* An empty batch to hand over. Those that are sent are taken back meanwhile: their buffers are
+ * still in a cache. */
+static struct send_batch *server_next_batch(struct http_server *s)
+{
+    const struct send_batch *sent;
+    struct send_batch *next = NULL;
+    while ((sent = senders_collect(s->senders, !(next = senders_next(s->senders)))))
+        server_take_back(s, sent);
+    return next;
+}
+
+static void flush_apart(struct http_server *s)
+{
+    size_t n_waiting = 0; /* behind what libuv has */
+    while (!list_is_empty(&s->dirty)) {
+        struct send_batch *batch = server_next_batch(s);
+        while (batch->n < SENDERS_BATCH && !list_is_empty(&s->dirty)) {
+            struct http_conn *c = list_entry(s->dirty.next, dirty);
+            if (c->handed)
+                break;
+            list_remove(&c->dirty);
+            if (!conn_can_send(c)) {
+                n_waiting += c->out.len > 0;
+                conn_flushed(c);
+                continue;
+            }
+            c->progress_ms = uv_now(s->loop);
+            c->handed = true;
+            batch->jobs[batch->n++] = (struct send_job){
+                .fd = c->fd, .data = c->out.data, .n = c->out.len, .cap = c->out.cap, .user = c};
+            c->out = (struct bytes){0};
+        }
+        if (batch->n > 0)
+            senders_post(s->senders);
+        else if (!list_is_empty(&s->dirty))
+            server_settle(s);
+    }
+    if (n_waiting && s->sent)
+        s->sent(s->sent_user, n_waiting, clock_now_us());
+}
+
+void http_server_flush(struct http_server *s, bool more, http_sent_fn *sent, void *user)
+{
+    s->sent = sent;
+    s->sent_user = user;
+    if (s->senders && (more || senders_out(s->senders))) {
+        flush_apart(s);
+        if (!more)
+            server_settle(s);
+    } else {
+        flush_here(s);
+    }
+    if (!more)
+        s->sent = NULL;
+}
+
+enum err http_server_use_threads(struct http_server *s, uint32_t n)
+{
+    return n > 1 ? senders_create(n - 1, &s->senders) : ERR_OK;
 }
 
 static void on_before_poll(uv_prepare_t *handle) { server_service(handle->data); }
@@ -1183,6 +1299,8 @@ void http_server_destroy(struct http_server *s)
     s->destroyed = true;
     for (struct list *l = s->conns.next; l != &s->conns; l = l->next)
         conn_close(list_entry(l, all));
+    server_settle(s);
+    senders_destroy(take(&s->senders));
     server_stop_listening(s);
     uv_close((uv_handle_t *)&s->tick, on_server_handle_closed);
     uv_close((uv_handle_t *)&s->before_poll, on_server_handle_closed);

@@ -66,9 +66,16 @@ MUST_CHECK enum err http_server_create(uv_loop_t *loop, const char *host, int po
 int http_server_port(const struct http_server *s);
 size_t http_server_n_connections(const struct http_server *s);
 size_t http_server_n_exchanges(const struct http_server *s);
-/* Sends what was written since, and returns to how many connections. Calls nobody back. Not from
- * inside a handler. */
-size_t http_server_flush(struct http_server *s);
+/* From now on n threads send, the loop's own included. Once, before anything is written. */
+MUST_CHECK enum err http_server_use_threads(struct http_server *s, uint32_t n);
+/* The output of n connections is with the kernel, or in the queue of a client that does not read;
+ * sent_us is when that was (clock_now_us). */
+typedef void http_sent_fn(void *user, size_t n, uint64_t sent_us);
+/* Sends what was written since. more: the caller goes on writing and calls again before it returns
+ * to the loop, so where several threads send, what was written may still be on its way when this
+ * returns. Without more it is not. sent (or NULL) is told from in here; nobody else is called back.
+ * Not from inside a handler. */
+void http_server_flush(struct http_server *s, bool more, http_sent_fn *sent, void *user);
 /* Stops accepting, closes idle connections, answers the rest with Connection: close. */
 void http_server_drain(struct http_server *s);
 /* Cuts everything. No callbacks afterwards. Memory goes when the loop has run. */

@@ -29,6 +29,7 @@
 #include "router/cluster.h"
 #include "router/http.h"
 #include "router/model_info.h"
+#include "router/senders.h"
 #include "router/text/tokenizer.h"
 
 #define CHECK_MS 20u
@@ -62,7 +63,7 @@ static void on_hangup(uv_signal_t *s, int signum);
 static void on_check(uv_timer_t *t);
 static void on_watchdog(uv_timer_t *t);
 static json_t *on_admin(void *user, const char *command, const char *argument);
-static size_t flush_clients(void *user);
+static void flush_clients(void *user, bool more);
 static void write_metrics(void *user, struct json_out *out);
 static void write_status(void *user, struct json_out *out);
 static const struct http_handler guard;
@@ -205,6 +206,8 @@ static enum err start(struct router *r)
     limits.max_connections = (size_t)f->max_connections;
     limits.max_write_buffer = (size_t)f->max_client_buffer;
     TRY(http_server_create(&r->loop, f->host, (int)f->port, &limits, &guard, r, &r->http));
+    uint32_t n_threads = f->send_threads > 0 ? (uint32_t)f->send_threads : senders_default();
+    TRY(http_server_use_threads(r->http, n_threads));
     if (f->admin_socket[0])
         TRY(admin_create(&r->loop, f->admin_socket, on_admin, r, &r->admin));
 
@@ -281,10 +284,17 @@ static const struct http_handler guard = {.headers = guard_headers,
                                           .gone = guard_gone,
                                           .refused = guard_refused};
 
-static size_t flush_clients(void *user)
+static void on_sent(void *user, size_t n, uint64_t sent_us)
 {
     struct router *r = user;
-    return r->http ? http_server_flush(r->http) : 0;
+    cluster_sent(r->cluster, n, sent_us);
+}
+
+static void flush_clients(void *user, bool more)
+{
+    struct router *r = user;
+    if (r->http)
+        http_server_flush(r->http, more, on_sent, r);
 }
 
 /* -- stop -- */

@@ -43,14 +43,15 @@ def flat_costs(step_ms):
             "prefill_tokens_per_s": 2e6, "prefill_chunk_ms": 5}
 
 
-options = argparse.Namespace(receiver_apart=False, realtime=False)
+options = argparse.Namespace(receiver_apart=False, realtime=False, send_threads=1)
 
 
 def settle(cluster):
-    """Gives the router the core that the options promise it."""
+    """Gives the router the core that the options promise it; its sending threads get the others."""
     for task in pathlib.Path(f"/proc/{cluster.pid('router')}/task").iterdir():
         if options.receiver_apart:
-            os.sched_setaffinity(int(task.name), {0})
+            sends = (task / "comm").read_text().startswith("send/")
+            os.sched_setaffinity(int(task.name), set(range(1, os.cpu_count())) if sends else {0})
         if options.realtime:
             os.sched_setscheduler(int(task.name), os.SCHED_FIFO, os.sched_param(1))
     return cluster
@@ -61,7 +62,7 @@ def mock_cluster(directory, costs, *flags, **kw):
         file = pathlib.Path(directory) / "costs.json"
         file.write_text(json.dumps(costs))
         flags += ("--mock-costs", file)
-    return settle(Cluster("--device", "mock", *flags, **kw).ready())
+    return settle(Cluster("--device", "mock", "--send-threads", options.send_threads, *flags, **kw).ready())
 
 
 def bench(cluster, out, *flags):
@@ -215,6 +216,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--receiver-apart", action="store_true")
     parser.add_argument("--realtime", action="store_true")
+    parser.add_argument("--send-threads", type=int, default=1, help="the router's; on the other cores with --receiver-apart")
     parts = ("throughput", "pace", "latency", "delays", "idle")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.parse_args(namespace=options)

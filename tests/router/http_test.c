@@ -53,7 +53,7 @@ static int n_headers_seen, n_requests_seen, n_gone, n_held;
 static char last_body[4096], last_fields[4096];
 
 /* Exchanges that the chaos test holds, and whose end it decides. */
-enum { N_SLOTS = 64 };
+enum { N_SLOTS = 128 };
 static struct http_exchange *slots[N_SLOTS];
 static bool slot_streams[N_SLOTS];
 static int n_chaos_shown, n_chaos_ended, n_chaos_gone;
@@ -151,6 +151,20 @@ static void server_start(struct http_limits limits)
     CHECK(server && http_server_port(server) > 0);
     held = NULL;
     n_headers_seen = n_requests_seen = n_gone = n_held = 0;
+}
+
+static void count_sent(void *user, size_t n, uint64_t sent_us)
+{
+    CHECK(sent_us <= clock_now_us());
+    *(size_t *)user += n;
+}
+
+/* Returns how many connections had something to send. */
+static size_t flush_all(void)
+{
+    size_t n = 0;
+    http_server_flush(server, false, count_sent, &n);
+    return n;
 }
 
 static void client_flush(struct client *c)
@@ -880,12 +894,12 @@ static void streams_are_framed(void)
     CHECK_OK(http_write(held, "", 0));
     CHECK_OK(sse_keepalive(held));
     client_fill(c);
-    CHECK_INT(c->n_rx, n_head);              /* all of one iteration leaves together */
-    CHECK_INT(http_server_flush(server), 1); /* unless it is to leave now */
+    CHECK_INT(c->n_rx, n_head); /* all of one iteration leaves together */
+    CHECK_INT(flush_all(), 1);  /* unless it is to leave now */
     CHECK_INT(poll(&(struct pollfd){.fd = c->fd, .events = POLLIN}, 1, 1000), 1);
     client_fill(c);
     CHECK(c->n_rx > n_head);
-    CHECK_INT(http_server_flush(server), 0);
+    CHECK_INT(flush_all(), 0);
     CHECK_OK(sse_done(held));
     http_end(held);
     WAIT(answer_get(c, 0, &a));
@@ -1341,7 +1355,7 @@ static void drain_finishes_what_runs(void)
 
 /* Clients that do anything at any time, a handler that ends exchanges in any way at any time: every
  * exchange that was shown ends exactly once. The sanitizers watch their memory. */
-static void exchanges_end_once_in_chaos(void)
+static void chaos(uint32_t n_threads)
 {
     static const char *const pieces[] = {
         "GET /chaos HTTP/1.1\r\n" H "\r\n",
@@ -1367,8 +1381,10 @@ static void exchanges_end_once_in_chaos(void)
     limits.header_timeout_ms = limits.body_idle_ms = 40;
     limits.write_stall_ms = 60;
     server_start(limits);
+    CHECK_OK(http_server_use_threads(server, n_threads));
     memset(slots, 0, sizeof(slots));
     n_chaos_shown = n_chaos_ended = n_chaos_gone = 0;
+    size_t n_sent = 0;
     for (int step = 0; step < 20000; step++) {
         int dice = rand_r(&seed) % 100;
         struct client *c = n_clients ? clients[rand_r(&seed) % n_clients] : NULL;
@@ -1396,7 +1412,7 @@ static void exchanges_end_once_in_chaos(void)
             for (int k = rand_r(&seed) % 4; k > 0; k--)
                 (void)http_write(x, piece, (size_t)rand_r(&seed) % sizeof(piece));
             if (rand_r(&seed) % 2)
-                (void)http_server_flush(server);
+                http_server_flush(server, rand_r(&seed) % 4 != 0, count_sent, &n_sent);
         } else if (dice < 80 && x) {
             slots[i] = NULL;
             n_chaos_ended++;
@@ -1407,6 +1423,8 @@ static void exchanges_end_once_in_chaos(void)
             else
                 http_reply(x, 200, "text/plain", piece, (size_t)rand_r(&seed) % sizeof(piece));
         } else if (dice < 98) {
+            if (rand_r(&seed) % 4)
+                http_server_flush(server, false, count_sent, &n_sent);
             uv_run(&loop, UV_RUN_NOWAIT);
             for (int k = 0; k < n_clients; k++)
                 client_fill(clients[k]);
@@ -1419,7 +1437,116 @@ static void exchanges_end_once_in_chaos(void)
     WAIT(http_server_n_connections(server) == 0);
     CHECK(n_chaos_shown > 100 && n_chaos_gone > 10 && n_chaos_ended > 10);
     CHECK_INT(n_chaos_ended + n_chaos_gone, n_chaos_shown);
+    CHECK(n_sent > 100);
     server_stop();
+}
+
+static void exchanges_end_once_in_chaos(void) { chaos(1); }
+static void exchanges_end_once_in_chaos_with_threads(void) { chaos(3); }
+
+/* Line number k of stream i, long where its client does not read. */
+static size_t step_line(int i, int k, char *ret, size_t cap)
+{
+    size_t n = (size_t)snprintf(ret, cap, "stream %d line %d ", i, k),
+           more = i % 8 == 1 ? 99000 : 200;
+    memset(ret + n, '.', more);
+    return n + more;
+}
+
+static void count_queued(uv_handle_t *h, void *user)
+{
+    *(int *)user += h->type == UV_TCP && uv_stream_get_write_queue_size((uv_stream_t *)h) > 0;
+}
+
+/* Steps of many streams, handed to threads while the next events are written. Of eight clients one
+ * does not read for a while, one is closed and one reset in the middle, and one's stream ends. */
+static void a_step_is_sent_by_threads(void)
+{
+    enum { N = 120, STEPS = 60, AT = 20 };
+    static struct client *c[N];
+    static struct http_exchange *x[N];
+    static char line[100000], want[sizeof(line) + 32];
+    struct http_limits limits = test_limits();
+    limits.max_write_buffer = 8u << 20;
+    for (uint32_t n_threads = 1; n_threads <= 4; n_threads++) {
+        server_start(limits);
+        CHECK_OK(http_server_use_threads(server, n_threads));
+        memset(slots, 0, sizeof(slots));
+        memset(x, 0, sizeof(x));
+        n_chaos_shown = n_chaos_ended = n_chaos_gone = 0;
+        for (int i = 0; i < N; i++) {
+            c[i] = client_socket(i % 8 == 1 ? 4096 : 0);
+            CHECK(client_connect(c[i]));
+            client_say(c[i], "GET /chaos HTTP/1.1\r\n" H "\r\n");
+            WAIT(slots[i]);
+            x[i] = slots[i];
+            http_stream(x[i], 200, "text/plain");
+            c[i]->paused = i % 8 == 1;
+        }
+        pump();
+        for (int k = 0; k < STEPS; k++) {
+            size_t n_sent = 0, n_written = 0;
+            for (int i = 0; i < N; i++) {
+                if (k == AT && i % 8 == 3) {
+                    setsockopt(c[i]->fd, SOL_SOCKET, SO_LINGER, &(struct linger){1, 0},
+                               sizeof(struct linger));
+                    client_close(c[i]); /* the server learns it when it sends */
+                }
+                if (k == AT && i % 8 == 2)
+                    client_close(c[i]);
+                if (!slots[i])
+                    continue;
+                n_written++;
+                bool twice = i % 8 == 4 && k % 3 == 0; /* also behind what is on its way */
+                if (http_write(x[i], line, step_line(i, k, line, sizeof(line))) != ERR_OK)
+                    CHECK(k >= AT && (i % 8 == 2 || i % 8 == 3));
+                if (i % 16 == 15 || twice)
+                    http_server_flush(server, true, count_sent, &n_sent);
+                if (twice) {
+                    n_written++;
+                    CHECK_OK(http_write(x[i], "twice", 5));
+                }
+                if (k == AT && i % 8 == 5) {
+                    slots[i] = NULL;
+                    http_end(x[i]);
+                }
+            }
+            http_server_flush(server, false, count_sent, &n_sent);
+            if (k < AT)
+                CHECK_INT(n_sent, n_written);
+            CHECK_INT(http_server_n_connections(server), k <= AT ? N : N - N / 4);
+            if (k == AT)
+                WAIT(n_chaos_gone == N / 4);
+            pump();
+        }
+        int n_queued = 0;
+        uv_walk(&loop, count_queued, &n_queued);
+        CHECK_INT(n_queued, N / 8); /* of what these got the kernel took a part */
+        for (int i = 0; i < N; i++) {
+            if (i % 8 == 2 || i % 8 == 3) {
+                CHECK(!slots[i]);
+                continue;
+            }
+            c[i]->paused = false;
+            if (slots[i])
+                http_end(x[i]);
+            slots[i] = NULL;
+            struct answer a;
+            WAIT(answer_get(c[i], 0, &a) && a.ended);
+            size_t at = 0;
+            for (int k = 0; k < (i % 8 == 5 ? AT + 1 : STEPS); k++) {
+                size_t n = step_line(i, k, line, sizeof(line));
+                int n_want = snprintf(want, sizeof(want), "%zx\r\n%.*s\r\n%s", n, (int)n, line,
+                                      i % 8 == 4 && k % 3 == 0 ? "5\r\ntwice\r\n" : "");
+                CHECK(at + (size_t)n_want <= a.n_body &&
+                      !memcmp(a.body + at, want, (size_t)n_want));
+                at += (size_t)n_want;
+            }
+            CHECK_INT(a.n_body, at + 5);
+        }
+        CHECK_INT(n_chaos_gone, N / 4);
+        server_stop();
+    }
 }
 
 static void destroy_cuts_without_callbacks(void)
@@ -1605,6 +1732,8 @@ int main(void)
     RUN(slow_but_steady_reader_gets_all);
     RUN(drain_finishes_what_runs);
     RUN(exchanges_end_once_in_chaos);
+    RUN(exchanges_end_once_in_chaos_with_threads);
+    RUN(a_step_is_sent_by_threads);
     RUN(destroy_cuts_without_callbacks);
     RUN(address_in_use_is_told);
     RUN(connections_are_limited);
