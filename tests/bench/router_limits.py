@@ -2,24 +2,28 @@
 """What the router can carry, as a table. Not a test: nothing is asserted.
 
     E2E_BUILD_DIR=build python3 tests/bench/router_limits.py [--quick] [--only PART...] [--receiver-apart] [--realtime]
+    [--send-threads N]
 
 The real router, protocol and workers; only what a GPU computes is made up (`--device mock`). Figures of the
 router are its CPU time (the kernel's part for its sockets included) per token, which a busy machine
 hardly changes: tokens/s on one core are the inverse. Rates and times of the clock are only worth something on an
 idle machine with a core for the generator.
 
-On loopback the sender's core also does the receiver's part of TCP. --receiver-apart (root) runs all of this in a
-network namespace of its own, where the other cores do that part (receive packet steering), and the router is kept on the
-first core: as with a client on another machine, but for an interrupt of the other core that a network card would not
-need. --realtime (root) lets nobody take the core away from the router, so that delays by the clock are its own even on
-a busy machine.
+On loopback the sender's core also does the receiver's part of TCP. --receiver-apart (root) puts the clients into a
+network namespace of their own behind a pair of virtual network cards, whose receiving side threads of the kernel do on
+the other cores, and keeps the router on the first core, its sending threads on the others: as with clients on another
+machine. --realtime (root) lets nobody take a core away from the router, so that delays by the clock are its own even on
+a busy machine. Where there are but two cores, the clients and their part of TCP wait while a sending thread works.
 """
 
 import argparse
+import array
+import fcntl
 import json
 import os
 import pathlib
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "e2e"))
 from cluster import BATON, Cluster, wait  # noqa: E402
 
 STEP_MS = 40
+ROUTER, CLIENT = "10.0.0.1", "10.0.0.2"
 
 
 def cpu_s(pid):
@@ -44,6 +49,8 @@ def flat_costs(step_ms):
 
 
 options = argparse.Namespace(receiver_apart=False, realtime=False, send_threads=1)
+other_cores = set(range(1, os.cpu_count()))
+clients = None  # a process in the clients' network namespace
 
 
 def settle(cluster):
@@ -51,7 +58,7 @@ def settle(cluster):
     for task in pathlib.Path(f"/proc/{cluster.pid('router')}/task").iterdir():
         if options.receiver_apart:
             sends = (task / "comm").read_text().startswith("send/")
-            os.sched_setaffinity(int(task.name), set(range(1, os.cpu_count())) if sends else {0})
+            os.sched_setaffinity(int(task.name), other_cores if sends else {0})
         if options.realtime:
             os.sched_setscheduler(int(task.name), os.SCHED_FIFO, os.sched_param(1))
     return cluster
@@ -62,11 +69,15 @@ def mock_cluster(directory, costs, *flags, **kw):
         file = pathlib.Path(directory) / "costs.json"
         file.write_text(json.dumps(costs))
         flags += ("--mock-costs", file)
-    return settle(Cluster("--device", "mock", "--send-threads", options.send_threads, *flags, **kw).ready())
+    host = ROUTER if clients else "127.0.0.1"
+    c = Cluster("--host", host, "--device", "mock", "--send-threads", options.send_threads, *flags, **kw).ready()
+    c.host = host
+    return settle(c)
 
 
 def bench(cluster, out, *flags):
-    return [str(a) for a in (BATON, "bench", "--url", cluster.url, "--progress", "off", "--json", out, *flags)]
+    there = ("nsenter", "--target", clients.pid, "--net") if clients else ()
+    return [str(a) for a in (*there, BATON, "bench", "--url", cluster.url, "--progress", "off", "--json", out, *flags)]
 
 
 def load(cluster, directory, *flags):
@@ -202,13 +213,42 @@ def idle_memory(connections):
     print(f"| {connections} | {row[0]:.0f} bytes each | {row[1]:.0f} bytes each |")
 
 
-def move_receiver():
-    """Starts this program again in a network namespace whose loopback hands packets to the other cores."""
-    others = (1 << os.cpu_count()) - 2
-    prepare = ("mount -t sysfs sysfs /sys && ip link set lo up && "
-               f"echo {others:x} > /sys/class/net/lo/queues/rx-0/rps_cpus && exec \"$@\"")
-    os.environ["BATON_RECEIVER_APART"] = "1"
-    os.execvp("unshare", ["unshare", "--net", "--mount", "bash", "-c", prepare, "bash", sys.executable, *sys.argv])
+def receive_in_threads(card):
+    """Generic receive offload, where the other card sends plain packets, is what makes a virtual card poll, and
+    polling is what a thread can do."""
+    with socket.socket() as s:
+        for setting in ((0x2c, 1), (0x1f, 0)):  # ETHTOOL_SGRO, ETHTOOL_STSO
+            value = array.array("I", setting)
+            fcntl.ioctl(s, 0x8946, struct.pack("16sP8x", card.encode(), value.buffer_info()[0]))  # SIOCETHTOOL
+    subprocess.run(["ip", "link", "set", card, "up"], check=True)
+    pathlib.Path(f"/sys/class/net/{card}/threaded").write_text("1")
+
+
+def move_clients():
+    """Returns a process in a network namespace that is joined to this one."""
+    def run(*command):
+        subprocess.run([str(a) for a in command], check=True)
+
+    run("mount", "-t", "sysfs", "sysfs", "/sys")
+    p = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    wait(lambda: os.readlink(f"/proc/{p.pid}/ns/net") != os.readlink("/proc/self/ns/net"), 5, "the clients' namespace")
+    run("ip", "link", "add", "router", "type", "veth", "peer", "name", "client")
+    for card in ("router", "client"):
+        receive_in_threads(card)
+    there = ("nsenter", "--target", p.pid, "--net")
+    run("ip", "link", "set", "client", "netns", p.pid)
+    for where, card, address in (((), "router", ROUTER), (there, "client", CLIENT)):
+        run(*where, "ip", "address", "add", f"{address}/24", "dev", card)
+        run(*where, "ip", "link", "set", card, "up")
+        run(*where, "ip", "link", "set", "lo", "up")
+
+    def threads():
+        return [int(t.parent.name) for t in pathlib.Path("/proc").glob("[0-9]*/comm")
+                if t.read_text().startswith(("napi/router", "napi/client"))]
+
+    for pid in wait(lambda: len(threads()) >= 2 and threads(), 5, "the cards' threads"):
+        os.sched_setaffinity(pid, other_cores)
+    return p
 
 
 def main():
@@ -221,10 +261,14 @@ def main():
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.parse_args(namespace=options)
     if options.receiver_apart and "BATON_RECEIVER_APART" not in os.environ:
-        move_receiver()
+        os.environ["BATON_RECEIVER_APART"] = "1"
+        os.execvp("unshare", ["unshare", "--net", "--mount", sys.executable, *sys.argv])
+    if options.receiver_apart:
+        global clients
+        clients = move_clients()
     part = 10 if options.quick else 1
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
-          + (", receiver's part of TCP on other cores" if options.receiver_apart else "")
+          + (", clients' part of TCP on other cores" if options.receiver_apart else "")
           + (", router at real-time priority" if options.realtime else ""))
     with tempfile.TemporaryDirectory() as directory:
         for name, measure in {"throughput": lambda: throughput(directory, 2000 // part, 300 // part),
