@@ -22,7 +22,7 @@
  *   product, queries turned in attention,
  *   o_proj and down add to the residual
  *   themselves; the head is cuBLAS's     3.44   7.8  13.8  15.9  17.2  19.8  24.9           106
- *   mla_narrow.cu from 160 sequences on  3.44   7.8  13.8  15.9  17.2  19.6  24.6           106
+ *   mla_narrow.cu from 160 sequences on  3.45   7.8  13.8  15.9  17.3  19.7  24.7           107
  *   every byte read once at 4.3 TB/s     1.68   6.1  12.4  14.2  14.9  16.0  18.7            70
  * The host's part is 0.02 to 0.15 ms of a step.
  */
