@@ -18,7 +18,8 @@
  *
  * Workers also die together (a host, an operator). What was lost with one goes only to a worker
  * that has been heard from some time later: it would be blamed for the death of one that was dead
- * already.
+ * already. A decode worker may be the first to know that a prefill worker is gone; what it gives
+ * back waits as long, and is a suspect if that worker turns out to have died.
  */
 #include "router/sched.h"
 
@@ -73,6 +74,7 @@ struct req {
     uint32_t input;   // tokens counted at p; 0 once the first token is there
     uint64_t promise; // pages counted at d
     uint32_t avoid_d; // where the last attempt failed
+    uint32_t lost_p;  // queued: the P that its D said is gone, while it may be, or SCHED_NONE
     bool preempted;   // the last attempt ended so
     uint64_t arrival_us, queued_us, attempt_us, first_us, not_before_us;
     uint64_t alive_us; // only workers that sent a beat since may have it
@@ -121,6 +123,8 @@ struct sched {
 
 static void attempt_over(struct sched *s, uint32_t i, enum err code, const char *text, bool suspect,
                          uint64_t now_us);
+static bool counts_death(struct sched *s, struct req *r);
+static void fail_poisonous(struct sched *s, uint32_t i);
 static void fail(struct sched *s, uint32_t i, enum err code, const char *text);
 static void hold(struct sched *s, uint32_t i, uint32_t p, uint32_t d);
 static void release_p(struct sched *s, struct req *r);
@@ -292,6 +296,18 @@ void sched_worker_remove(struct sched *s, uint32_t idx, bool died, uint64_t now_
 
     // Prompts are computed in order, so a P can only have died of those in its first chunks.
     uint64_t suspect_tokens = 2 * (uint64_t)w->info.chunk_tokens, tokens = 0;
+    for (uint32_t i = s->resumed.first, next; i != SCHED_NONE; i = next) {
+        struct req *r = &s->reqs[i];
+        next = r->links[IN_QUEUE].next;
+        if (r->lost_p != idx)
+            continue;
+        r->lost_p = SCHED_NONE;
+        if (died && tokens < suspect_tokens && counts_death(s, r)) {
+            list_remove(s, &s->resumed, IN_QUEUE, i);
+            fail_poisonous(s, i);
+        }
+        tokens += r->n_prompt + r->n_emitted;
+    }
     while (w->held.first != SCHED_NONE) {
         uint32_t i = w->held.first;
         struct req *r = &s->reqs[i];
@@ -379,6 +395,7 @@ uint32_t sched_add(struct sched *s, const struct sched_request *q, uint64_t now_
         .p = SCHED_NONE,
         .d = SCHED_NONE,
         .avoid_d = SCHED_NONE,
+        .lost_p = SCHED_NONE,
         .cancel_p = SCHED_NONE,
         .cancel_d = SCHED_NONE,
         .arrival_us = now_us,
@@ -430,11 +447,17 @@ void sched_failed(struct sched *s, uint32_t i, uint32_t from, enum err code, con
 {
     struct req *r = &s->reqs[i];
     assert(r->state == SCHED_PREFILL || r->state == SCHED_DECODE);
-    uint32_t d = r->d;
+    uint32_t d = r->d, p = r->p;
+    bool p_is_lost =
+        code == ERR_PEER_LOST && r->state == SCHED_PREFILL && from == d && p != SCHED_NONE;
     release_and_cancel(s, i, from);
     attempt_over(s, i, code, text, false, now_us);
     if (code != ERR_PREEMPTED && r->state == SCHED_QUEUED) {
         r->avoid_d = d;
+        if (p_is_lost) {
+            r->lost_p = p;
+            r->alive_us = now_us + ALIVE_US;
+        }
         r->not_before_us = now_us + ((uint64_t)BACKOFF_US << MIN(r->n_tries, 6));
     }
 }
@@ -458,21 +481,29 @@ void sched_end(struct sched *s, uint32_t i, uint32_t from)
         slot_free(s, i);
 }
 
+/* A worker may have died of it. True: as one too many did. */
+static bool counts_death(struct sched *s, struct req *r)
+{
+    if (r->n_deaths++ == 0)
+        s->n_suspects++;
+    return r->n_deaths >= s->config.max_deaths;
+}
+
+static void fail_poisonous(struct sched *s, uint32_t i)
+{
+    s->stats.n_poisoned++;
+    fail(s, i, ERR_INTERNAL, "workers died each time they ran this request; it is not tried again");
+}
+
 /* Decides what follows an attempt that ended early. Nobody holds the request any more. */
 static void attempt_over(struct sched *s, uint32_t i, enum err code, const char *text, bool suspect,
                          uint64_t now_us)
 {
     struct req *r = &s->reqs[i];
     assert(r->p == SCHED_NONE && r->d == SCHED_NONE);
-    if (suspect) {
-        if (r->n_deaths++ == 0)
-            s->n_suspects++;
-        if (r->n_deaths >= s->config.max_deaths) {
-            s->stats.n_poisoned++;
-            fail(s, i, ERR_INTERNAL,
-                 "workers died each time they ran this request; it is not tried again");
-            return;
-        }
+    if (suspect && counts_death(s, r)) {
+        fail_poisonous(s, i);
+        return;
     }
     r->preempted = code == ERR_PREEMPTED;
     if (r->preempted) {
@@ -491,7 +522,7 @@ static void attempt_over(struct sched *s, uint32_t i, enum err code, const char 
     r->state = SCHED_QUEUED;
     r->queued_us = now_us;
     r->not_before_us = 0;
-    r->avoid_d = SCHED_NONE;
+    r->avoid_d = r->lost_p = SCHED_NONE;
     uint32_t after = s->resumed.last;
     while (after != SCHED_NONE && s->reqs[after].seq > r->seq)
         after = s->reqs[after].links[IN_QUEUE].prev;

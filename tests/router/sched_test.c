@@ -328,6 +328,44 @@ static void suspects_are_taken_one_by_one(void)
     sched_destroy(s);
 }
 
+/* The decode worker knows first that the prefill worker is gone, each time: the request counts as
+ * suspect. */
+static void deaths_that_another_worker_reports_count(void)
+{
+    set_up();
+    uint32_t r = add(10, 100);
+    CHECK_INT(step(), SCHED_PLACE);
+    uint32_t p = last.p;
+    sched_failed(s, r, last.d, ERR_PEER_LOST, "gone", now);
+    CHECK_INT(step(), SCHED_CANCEL); // at P, which may be there after all
+    CHECK_INT(step(), -1);           // nor is it placed before that is known
+    lose(p, true);
+    CHECK_INT(sched_get_stats(s).n_suspects, 1);
+    all_beat();
+    CHECK_INT(place_all(), 1);
+    CHECK_INT(last.p, 1 - p);
+    sched_failed(s, r, last.d, ERR_PEER_LOST, "gone", now);
+    CHECK_INT(step(), SCHED_CANCEL);
+    lose(1 - p, true);
+    CHECK_INT(step(), SCHED_FAIL);
+    CHECK_INT(last.code, ERR_INTERNAL);
+    CHECK_INT(step(), -1);
+    sched_destroy(s);
+
+    // A broken connection kills nobody: it is tried again, and nobody is a suspect.
+    set_up();
+    r = add(10, 100);
+    CHECK_INT(step(), SCHED_PLACE);
+    p = last.p;
+    sched_failed(s, r, last.d, ERR_PEER_LOST, "gone", now);
+    CHECK_INT(step(), SCHED_CANCEL);
+    all_beat();
+    CHECK_INT(place_all(), 1);
+    lose(p, true);
+    CHECK_INT(sched_get_stats(s).n_suspects, last.p == p);
+    sched_destroy(s);
+}
+
 /* All of a kind are killed at once, and the router hears of one after the other: nobody's fault. */
 static void workers_that_die_together_blame_nobody(void)
 {
@@ -487,6 +525,7 @@ int main(void)
     RUN(cancels_come_before_the_next_attempt);
     RUN(resumed_streams_go_first);
     RUN(suspects_are_taken_one_by_one);
+    RUN(deaths_that_another_worker_reports_count);
     RUN(workers_that_die_together_blame_nobody);
     RUN(a_preempted_request_counts_in_full);
     RUN(attempts_are_bounded);
