@@ -129,7 +129,7 @@ def test_both_of_a_role_killed_at_once(start, role, after):
 
 
 def test_ready_tells_the_truth(start):
-    c = start("--mtp-step", 2)
+    c = start("--mtp-step", 2, "--worker-wait-s", 4)
     c.kill("decode-0", signal.SIGSTOP)
     wait(lambda: c.get("/ready")[0] == 503, 4, "/ready is 503 while the only decode worker is frozen", c.log)
     assert c.get("/health")[0] == 200
