@@ -150,6 +150,7 @@ def main():
     p.add_argument("--max-concurrency", type=int, default=16)
     p.add_argument("--tolerance", type=float, default=0.05)
     args = p.parse_args()
+    args.baton = pathlib.Path(args.baton).resolve()  # tools run in a directory of their own
     server = None if args.url else subprocess.Popen(
         [sys.executable, HERE / "paced_server.py", "--ttft-ms", "200", "--itl-ms", "20"], stdout=subprocess.PIPE,
         text=True)
