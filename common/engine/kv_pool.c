@@ -5,11 +5,13 @@
  * that was freed last is the one most likely still in a cache.
  *
  * A shared pool's object is locked (flock) as long as its owner lives, and the kernel drops the
- * lock with the process. So a name left behind by a killed worker is recognised and taken over.
+ * lock with the process. So what killed workers left behind is recognised: whoever makes a shared
+ * pool removes it first, its own name's and that of others, who may never come back.
  */
 #include "common/engine/kv_pool.h"
 
 #include <assert.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -17,6 +19,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "common/base/fd_share.h"
 #include "common/base/hash.h"
@@ -24,6 +27,7 @@
 #define PAGE_TOKENS  64u
 #define NO_PAGE      UINT32_MAX
 #define SUMS_AT_ONCE 256u
+#define CLAIM_TRIES  100
 
 enum page_class { PAGE_FREE, PAGE_RESERVED, PAGE_IN_FLIGHT, PAGE_LIVE, PAGE_CACHED, N_CLASSES };
 
@@ -148,29 +152,47 @@ static enum err memory_map(struct kv_pool *p)
     return ERR_OK;
 }
 
-/* Creates the object and locks it. A name whose owner died is removed first. */
+/* Removes objects of this family, '/x-y-' of '/x-y-z', whose owners died. */
+static void shm_sweep(const char *name)
+{
+    const char *end = strrchr(name, '-');
+    size_t n = end ? (size_t)(end - name) : strlen(name); // with the dash, without the slash
+    DIR *d = opendir("/dev/shm");
+    if (!d)
+        return;
+    for (struct dirent *e; (e = readdir(d));) {
+        if (strncmp(e->d_name, name + 1, n))
+            continue;
+        OWNED_FD fd = openat(dirfd(d), e->d_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        struct stat st;
+        if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0 && fstat(fd, &st) == 0 && st.st_nlink > 0)
+            unlinkat(dirfd(d), e->d_name, 0);
+    }
+    closedir(d);
+}
+
+/* Creates the object and locks it. Others sweep, too: they may lock ours for a moment, or take it
+ * for a left-over before we have locked it. */
 static enum err shm_claim(const char *name, int *ret)
 {
     if (name[0] != '/' || !name[1] || strchr(name + 1, '/'))
         return err_set(ERR_INVALID, "shared memory name '%s' is not of the form /name", name);
-    OWNED_FD fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd < 0 && errno == EEXIST) {
-        OWNED_FD old = shm_open(name, O_RDWR | O_CLOEXEC, 0600);
-        if (old >= 0 && flock(old, LOCK_EX | LOCK_NB))
-            return err_set(ERR_IO, "shared memory %s belongs to a running process", name);
-        if (old >= 0)
-            shm_unlink(name);
-        fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    for (int i = 0; i < CLAIM_TRIES; i++) {
+        if (i > 0)
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        shm_sweep(name);
+        OWNED_FD fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        if (fd < 0 && errno != EEXIST)
+            return err_set(ERR_IO, "shared memory %s: %s", name, strerror(errno));
+        struct stat st;
+        if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0 && fstat(fd, &st) == 0 &&
+            st.st_nlink > 0) {
+            *ret = fd;
+            fd = -1;
+            return ERR_OK;
+        }
     }
-    if (fd < 0)
-        return err_set(ERR_IO, "shared memory %s: %s", name, strerror(errno));
-    // Somebody may have taken our fresh object for a left-over before we locked it.
-    struct stat st;
-    if (flock(fd, LOCK_EX | LOCK_NB) || fstat(fd, &st) || st.st_nlink == 0)
-        return err_set(ERR_IO, "shared memory %s is being claimed by another process", name);
-    *ret = fd;
-    fd = -1;
-    return ERR_OK;
+    return err_set(ERR_IO, "shared memory %s belongs to a running process", name);
 }
 
 static enum page_class page_class(const struct page *g)

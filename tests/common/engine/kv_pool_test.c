@@ -197,26 +197,50 @@ static void a_shared_pool_is_seen_by_its_name(void)
     CHECK(shm_open(shm_name("shared"), O_RDONLY, 0) < 0 && errno == ENOENT);
 }
 
-/* A worker that was killed leaves its object behind; the next one of that name takes over. */
-static void a_dead_owners_name_is_taken_over(void)
+static bool shm_is_there(const char *name)
 {
-    struct kv_pool_config c = config_of(2);
-    c.shm_name = shm_name("dead");
+    OWNED_FD fd = shm_open(name, O_RDONLY, 0);
+    return fd >= 0;
+}
+
+static void leave_behind(const struct kv_pool_config *c)
+{
     pid_t child = fork();
     if (child == 0) {
         struct kv_pool *p = NULL;
-        if (kv_pool_create(&c, &p) == ERR_OK)
+        if (kv_pool_create(c, &p) == ERR_OK)
             memset(kv_pool_base(p), 0xee, 2 * kv_pool_page_bytes(p));
         kill(getpid(), SIGKILL);
     }
     CHECK_INT(waitpid(child, NULL, 0), child);
-    int fd = shm_open(c.shm_name, O_RDONLY, 0);
-    CHECK(fd >= 0);
-    close(fd);
+    CHECK(shm_is_there(c->shm_name));
+}
+
+/* A worker that was killed leaves its object behind; the next one of that name takes over, and one
+ * of another name removes it. */
+static void what_dead_owners_left_is_removed(void)
+{
+    char name[64], other_name[64];
+    struct kv_pool_config c = config_of(2), other = config_of(2);
+    snprintf(name, sizeof(name), "/baton-test-dead%d-a",
+             (int)getpid()); // a family of this process's own
+    snprintf(other_name, sizeof(other_name), "/baton-test-dead%d-b", (int)getpid());
+    c.shm_name = name;
+    other.shm_name = other_name;
+    leave_behind(&c);
     OWNED(kv_pool) p = NULL;
+    OWNED(kv_pool) q = NULL;
     CHECK_OK(kv_pool_create(&c, &p));
     if (p)
         CHECK_INT(*(uint8_t *)kv_pool_base(p), 0);
+    CHECK_OK(kv_pool_create(&other, &q)); // whose owner lives stays
+    CHECK(shm_is_there(c.shm_name));
+    CHECK(shm_is_there(other.shm_name));
+    kv_pool_destroy(take(&p));
+    leave_behind(&c);
+    kv_pool_destroy(take(&q));
+    CHECK_OK(kv_pool_create(&other, &q));
+    CHECK(!shm_is_there(c.shm_name));
 }
 
 /* kv_pool_check ends the process on wrong books; an unref too many is a bug and does too. */
@@ -349,7 +373,7 @@ int main(void)
     RUN(pages_are_zeroed_contiguous_blocks);
     RUN(checksum_knows_content_and_order_only);
     RUN(a_shared_pool_is_seen_by_its_name);
-    RUN(a_dead_owners_name_is_taken_over);
+    RUN(what_dead_owners_left_is_removed);
     RUN(misuse_is_fatal);
     RUN(random_operations_agree_with_the_model);
     return check_done();
