@@ -18,6 +18,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "common/base/relax.h"
 #include "kernels/kernels.h"
 
 #define SPIN_TURNS        1000
@@ -49,7 +50,6 @@ static _Thread_local int self;
 
 static void *thread_main(void *arg);
 static bool work(struct par *par);
-static void relax(void);
 
 int par_self(void) { return self; }
 int par_threads(const struct par *par) { return par ? par->n_threads : 1; }
@@ -181,13 +181,4 @@ static void *thread_main(void *arg)
         pthread_mutex_unlock(&par->mutex);
     }
     return NULL;
-}
-
-static void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
 }

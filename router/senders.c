@@ -24,6 +24,7 @@
 #include <sys/socket.h>
 
 #include "common/base/clock.h"
+#include "common/base/relax.h"
 
 #define N_BATCHES   64u
 #define MAX_HELPERS 64u
@@ -126,15 +127,6 @@ static void slot_send(struct slot *slot)
     }
     b->sent_us = clock_now_us();
     atomic_store(&slot->sent, true);
-}
-
-static void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
 }
 
 /* For whoever looks again and again: false when that has taken SPIN_US since *until was 0. */
